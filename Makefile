@@ -1,0 +1,46 @@
+# Baton's front door. `make help` lists what is here; scripts/bootstrap.py makes the environment each target needs.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PORT ?= 8000
+MODEL ?= smollm2
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= python3
+PACKAGES := protocol kernels model kvtransfer router engine prefill decode baton bench
+SOURCES := $(PACKAGES) tests scripts setup.py
+
+.PHONY: help env env-dev serve test lint check bench clean
+
+help: ## list the targets
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "  PORT=8000 MODEL=smollm2 ARGS='--prefill 1 --decode 1' go to 'make serve'; ARGS also to test and bench."
+
+env: ## make the environment that serves
+	@$(PYTHON) scripts/bootstrap.py
+
+env-dev: ## the same with the tools for tests and checks
+	@$(PYTHON) scripts/bootstrap.py --dev
+
+serve: env ## serve MODEL on PORT: router, prefill and decode on this machine
+	@exec $(BIN)/baton serve $(MODEL) --port $(PORT) $(ARGS)
+
+test: env-dev ## run the tests
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: env-dev ## formatting, lint rules and types
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/mypy $(SOURCES)
+
+check: lint test ## everything a change must pass
+
+bench: env ## measure the server that runs on PORT, or start one
+	@$(BIN)/python -m bench $(ARGS)
+
+clean: ## remove the environment and everything built
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	find kernels -name '*.so' -delete
