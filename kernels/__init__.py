@@ -1,0 +1,1 @@
+"""Tensor kernels: native CPU and a plain-torch reference, one signature each."""
