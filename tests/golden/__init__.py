@@ -1,0 +1,1 @@
+"""Golden outputs of the reference implementation, and the scripts that make them."""
