@@ -1,0 +1,126 @@
+"""The compute thread: the only one that runs the model and owns schedulers, sequences and block pools.
+
+    event loop thread                       compute thread
+    ─────────────────                       ──────────────
+    post(stepper, event) ──► inbox ──►  1. handle every waiting event
+                                        2. one step of each stepper that has work, in turn
+    callback(emission)  ◄── call_soon ── 3. emissions go back to the event loop
+                                        4. nothing to do: sleep until the next event
+
+A colocated worker gives two steppers to one loop: a decode step and a prefill chunk then take turns. A stepper that
+raises has broken its own invariants: the loop reports it and ends, and the process must end too (it never limps).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+log = logging.getLogger(__name__)
+
+
+class Stepper(Protocol):
+    """What the compute thread drives. All methods are called on that thread."""
+
+    def handle(self, event: Any) -> None:
+        """Take one event; must not raise for anything a peer or user can cause."""
+
+    def step(self) -> bool:
+        """Do one unit of work; return False if there was none."""
+
+
+class ComputeLoop:
+    """Owns the compute thread. Made, started and stopped on an event loop.
+
+    Args:
+        num_threads: torch's intra-op threads.
+    """
+
+    def __init__(self, num_threads: int) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._num_threads = num_threads
+        self._on_dead: list[Callable[[BaseException], None]] = []
+        self._inbox: queue.SimpleQueue[tuple[Stepper, Any] | None] = queue.SimpleQueue()
+        self._steppers: list[Stepper] = []
+        self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
+        self.progress = 0
+
+    def add(self, stepper: Stepper, on_dead: Callable[[BaseException], None]) -> None:
+        """Register a stepper; only before `start`.
+
+        Args:
+            stepper: what to drive.
+            on_dead: called on the event loop when any stepper raised; the loop does nothing more.
+        """
+        assert not self._thread.is_alive()
+        self._steppers.append(stepper)
+        self._on_dead.append(on_dead)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def post(self, stepper: Stepper, event: Any) -> None:
+        """Hand an event to a stepper; thread-safe, never blocks, keeps order."""
+        self._inbox.put((stepper, event))
+
+    def call_back(self, callback: Callable[..., None], *args: Any) -> None:
+        """Run `callback` on the event loop soon; called on the compute thread."""
+        # The loop may be closed already while the process ends.
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(callback, *args)
+
+    async def stop(self) -> None:
+        """End the thread after its current step; idempotent."""
+        self._inbox.put(None)
+        if self._thread.is_alive():
+            await asyncio.to_thread(self._thread.join)
+
+    def _run(self) -> None:
+        torch.set_num_threads(self._num_threads)
+        # What is loaded by now lives as long as the process: keep the collector from walking it between two steps.
+        gc.freeze()
+        try:
+            while self._turn():
+                pass
+        except BaseException as error:  # noqa: BLE001  reported to the event loop, which ends the process
+            log.exception("compute thread failed")
+            for on_dead in self._on_dead:
+                self.call_back(on_dead, error)
+
+    def _turn(self) -> bool:
+        if not self._take_events():
+            return False
+        worked = False
+        for stepper in self._steppers:
+            if stepper.step():
+                worked = True
+                self.progress += 1
+        if not worked and self._inbox.empty():
+            item = self._inbox.get()
+            if item is None:
+                return False
+            self._handle(item)
+        return True
+
+    def _take_events(self) -> bool:
+        while True:
+            try:
+                item = self._inbox.get_nowait()
+            except queue.Empty:
+                return True
+            if item is None:
+                return False
+            self._handle(item)
+
+    def _handle(self, item: tuple[Stepper, Any]) -> None:
+        stepper, event = item
+        stepper.handle(event)
+        self.progress += 1

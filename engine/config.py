@@ -1,0 +1,85 @@
+"""Configuration of the engine and of the service shell around it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from protocol.errors import ConfigError
+from protocol.kv_layout import DTYPE_BYTES
+
+DEVICES = ("auto", "cpu", "cuda")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """The model and the memory it computes in.
+
+    Attributes:
+        model: resolved model reference: a directory, a GGUF file, or `dummy:<config>`.
+        dtype: weights, activations and KV: "auto" is float32 on a CPU and bfloat16 on a GPU.
+        device: "auto" takes a GPU where torch sees one.
+        num_threads: compute threads on a CPU.
+        cores: CPU cores this process is pinned to; empty leaves it alone.
+        block_size: tokens per KV block.
+        num_kv_blocks: blocks of the pool, or None to derive them from `kv_cache_gib`.
+        kv_cache_gib: memory of the pool in GiB, or None for 2 GiB on a CPU and most of the free memory on a GPU.
+        max_model_len: bound of prompt plus output tokens, or None for what model and pool allow.
+        dummy_seed: seed of `dummy` weights.
+    """
+
+    model: str
+    dtype: str = "auto"
+    device: str = "auto"
+    num_threads: int = 1
+    cores: tuple[int, ...] = ()
+    block_size: int = 16
+    num_kv_blocks: int | None = None
+    kv_cache_gib: float | None = None
+    max_model_len: int | None = None
+    dummy_seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("auto", *DTYPE_BYTES):
+            raise ConfigError(f"dtype must be auto, {', '.join(DTYPE_BYTES)}; got {self.dtype!r}")
+        if self.device not in DEVICES:
+            raise ConfigError(f"device must be one of {', '.join(DEVICES)}; got {self.device!r}")
+        if self.block_size not in (8, 16, 32, 64, 128):
+            raise ConfigError(f"block_size must be 8, 16, 32, 64 or 128 tokens; got {self.block_size}")
+        if self.num_threads < 1:
+            raise ConfigError(f"num_threads must be at least 1, got {self.num_threads}")
+        for name in ("num_kv_blocks", "kv_cache_gib", "max_model_len"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigError(f"{name} must be positive, got {value}")
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceConfig:
+    """How a worker process presents itself.
+
+    Attributes:
+        worker_id: unique among the workers of a router.
+        router_urls: control addresses of the routers, `http://host:port`.
+        secret: the cluster secret.
+        admin_host, admin_port: where `/health` and `/census` are served; port 0 takes any, None serves nothing.
+        connect_retry_s: longest pause between two attempts to reach a router.
+        drain_s: on SIGTERM, how long running work may take to finish.
+    """
+
+    worker_id: str
+    router_urls: tuple[str, ...]
+    secret: bytes = field(repr=False)
+    admin_host: str = "127.0.0.1"
+    admin_port: int | None = 0
+    connect_retry_s: float = 1.0
+    drain_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        if not self.worker_id or len(self.worker_id) > 64:
+            raise ConfigError("worker_id must have 1 to 64 characters")
+        if not self.router_urls:
+            raise ConfigError("router_urls: a worker needs at least one router")
+        if len(self.secret) < 16:
+            raise ConfigError("secret: the cluster secret must have at least 16 bytes")
+        if self.connect_retry_s <= 0 or self.drain_s < 0:
+            raise ConfigError("connect_retry_s must be positive and drain_s not negative")

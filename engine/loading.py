@@ -1,0 +1,159 @@
+"""From configuration to a loaded model and the KV memory beside it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engine.config import EngineConfig
+from engine.kv_cache import KVCache
+from kernels.ops import describe_backend
+from model.decoder import Decoder
+from model.errors import ModelError
+from model.identity import model_hash
+from model.loader import load_model
+from model.source import resolve
+from protocol.errors import ConfigError
+from protocol.kv_layout import DTYPE_BYTES, KVFingerprint
+
+_CPU_KV_GIB = 2.0
+_GPU_KV_SHARE = 0.8
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model ready to run.
+
+    Attributes:
+        num_blocks: size of each KV pool made for it.
+        max_model_len: bound of prompt plus output tokens: the least of the model's, the user's and the pool's.
+        backend: one line saying which kernels run and why.
+    """
+
+    decoder: Decoder
+    fingerprint: KVFingerprint
+    device: torch.device
+    num_blocks: int
+    max_model_len: int
+    vocab_size: int
+    backend: str
+
+    def new_kv_cache(self) -> KVCache:
+        """Return fresh KV memory of `num_blocks` blocks."""
+        return KVCache(self.fingerprint, self.num_blocks, self.device)
+
+
+def pin_process(cores: tuple[int, ...]) -> None:
+    """Keep this process on these cores.
+
+    Raises:
+        ConfigError: a core does not exist or is not ours.
+    """
+    if not cores:
+        return
+    try:
+        os.sched_setaffinity(0, cores)
+    except OSError as error:
+        raise ConfigError(f"cannot run on cores {sorted(cores)}: {error}") from error
+
+
+def load(config: EngineConfig, say: Callable[[str], None], cache_dir: Path, num_pools: int = 1) -> LoadedModel:
+    """Load weights and size the KV memory.
+
+    Args:
+        config: what to load and where.
+        say: takes one progress line.
+        cache_dir: where downloads are kept; unused for local paths.
+        num_pools: KV caches that will be made (a colocated worker makes two).
+
+    Raises:
+        ConfigError: model, device or sizes cannot be used; the message names what.
+    """
+    torch.set_num_threads(config.num_threads)
+    device = _device(config.device)
+    try:
+        files = resolve(config.model, cache_dir, say)
+        decoder = load_model(
+            files,
+            dtype=config.dtype,
+            device=str(device),
+            progress=_progress_lines(say),
+            dummy_seed=config.dummy_seed,
+        )
+        name = model_hash(files, config.dummy_seed)
+    except ModelError as error:
+        raise ConfigError(str(error)) from error
+    shape = decoder.config
+    say(f"loaded {decoder.load_summary}")
+    fingerprint = KVFingerprint(
+        model_hash=name,
+        dtype=_dtype_name(decoder.dtype),
+        block_size=config.block_size,
+        num_layers=shape.num_layers,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+    )
+    num_blocks = _num_blocks(config, fingerprint, device, num_pools)
+    max_model_len = _max_model_len(config, shape.max_context_tokens, num_blocks, say)
+    backend = f"{device}: {describe_backend()}"
+    return LoadedModel(decoder, fingerprint, device, num_blocks, max_model_len, shape.vocab_size, backend)
+
+
+def _progress_lines(say: Callable[[str], None]) -> Callable[[int, int, str], None]:
+    """Return a progress callback that says at most one line a second, so that a quick load says none."""
+    last_s = time.monotonic()
+
+    def progress(num_done: int, num_total: int, tensor: str) -> None:
+        nonlocal last_s
+        if time.monotonic() - last_s >= 1.0:
+            last_s = time.monotonic()
+            say(f"loading weights: {num_done} of {num_total} ({tensor})")
+
+    return progress
+
+
+def _max_model_len(config: EngineConfig, model_tokens: int, num_blocks: int, say: Callable[[str], None]) -> int:
+    wanted = config.max_model_len
+    if wanted is not None and wanted > model_tokens:
+        raise ConfigError(f"max_model_len: {wanted} tokens exceed the model's context of {model_tokens}")
+    max_model_len = wanted or model_tokens
+    pool_tokens = num_blocks * config.block_size
+    if max_model_len > pool_tokens:
+        if wanted is not None:
+            raise ConfigError(f"max_model_len: {wanted} tokens do not fit the KV pool of {num_blocks} blocks")
+        say(f"context limited to {pool_tokens} tokens by the KV pool of {num_blocks} blocks")
+    return min(max_model_len, pool_tokens)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: cuda was asked for, but torch sees no GPU")
+    return torch.device(name)
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    name = str(dtype).removeprefix("torch.")
+    assert name in DTYPE_BYTES, name
+    return name
+
+
+def _num_blocks(config: EngineConfig, f: KVFingerprint, device: torch.device, num_pools: int) -> int:
+    if config.num_kv_blocks is not None:
+        return config.num_kv_blocks
+    if config.kv_cache_gib is not None:
+        num_bytes = config.kv_cache_gib * (1 << 30)
+    elif device.type == "cuda":
+        num_bytes = torch.cuda.mem_get_info(device)[0] * _GPU_KV_SHARE
+    else:
+        num_bytes = _CPU_KV_GIB * (1 << 30)
+    num_blocks = int(num_bytes / num_pools) // f.block_bytes
+    if num_blocks < 2:
+        raise ConfigError(f"kv_cache_gib: room for {num_blocks} blocks of {f.block_bytes} bytes, at least 2 are needed")
+    return num_blocks

@@ -1,0 +1,80 @@
+"""The compute thread: order, turns, and what happens when a stepper breaks."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import Any
+
+from engine.compute_loop import ComputeLoop
+
+
+class Recorder:
+    """A stepper that counts down work given to it."""
+
+    def __init__(self, log: list[str], name: str) -> None:
+        self.log, self.name, self.left = log, name, 0
+        self.thread: int | None = None
+
+    def handle(self, event: Any) -> None:
+        self.thread = threading.get_ident()
+        if event == "break":
+            raise RuntimeError("broken on purpose")
+        self.left += event
+
+    def step(self) -> bool:
+        if self.left == 0:
+            return False
+        self.left -= 1
+        self.log.append(self.name)
+        return True
+
+
+async def _until(condition: Any) -> None:
+    async with asyncio.timeout(5):
+        while not condition():  # noqa: ASYNC110  polls another thread
+            await asyncio.sleep(0.005)
+
+
+async def test_two_steppers_take_turns_on_one_thread() -> None:
+    log: list[str] = []
+    compute = ComputeLoop(1)
+    a, b = Recorder(log, "a"), Recorder(log, "b")
+    for stepper in (a, b):
+        compute.add(stepper, lambda error: None)
+        compute.post(stepper, 3)
+    compute.start()
+    await _until(lambda: len(log) == 6)
+    assert log == ["a", "b"] * 3
+    assert a.thread == b.thread != threading.get_ident()
+    assert compute.progress == 2 + 6
+    await compute.stop()
+
+
+async def test_it_sleeps_when_idle_and_wakes_on_an_event() -> None:
+    log: list[str] = []
+    compute = ComputeLoop(1)
+    stepper = Recorder(log, "a")
+    compute.add(stepper, lambda error: None)
+    compute.start()
+    await asyncio.sleep(0.05)
+    before = compute.progress
+    await asyncio.sleep(0.05)
+    assert compute.progress == before
+    compute.post(stepper, 2)
+    await _until(lambda: log == ["a", "a"])
+    await compute.stop()
+    await compute.stop()
+
+
+async def test_a_broken_stepper_is_reported_to_every_owner() -> None:
+    compute = ComputeLoop(1)
+    errors: list[BaseException] = []
+    first, second = Recorder([], "a"), Recorder([], "b")
+    compute.add(first, errors.append)
+    compute.add(second, errors.append)
+    compute.start()
+    compute.post(first, "break")
+    await _until(lambda: len(errors) == 2)
+    assert "broken on purpose" in str(errors[0])
+    await compute.stop()
