@@ -1,0 +1,212 @@
+"""The decode worker: life of one placement.
+
+1. `Reserve` comes from the router: hash the blocks, ask the compute thread for room.
+2. Granted: the transfer opens and GRANT goes to the prefill worker, with the number of leading blocks held already.
+   No room: `Declined`, and the router places it elsewhere or later.
+3. Pieces land in the granted blocks, on the event loop, beside the running steps.
+4. COMMIT and every piece landed: the sequence joins the batch between two steps; tokens emitted before are replayed.
+5. Every step sends one message with the new tokens to each router. A sequence ends by EOS, a stop token, its length
+   limit or the end of the context; stop strings end it from the router by `Abort`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from decode.config import DecodeConfig
+from decode.scheduler import DecodeScheduler
+from decode.stepper import (
+    DecodeEmission,
+    DecodeStepper,
+    DropSequence,
+    Granted,
+    JoinBatch,
+    NoRoom,
+    ReserveBlocks,
+    StepRows,
+)
+from engine.block_pool import BlockPool
+from engine.compute_loop import ComputeLoop
+from engine.loading import LoadedModel, load, pin_process
+from engine.placement import refusal_of, sequence_of
+from engine.runner import Runner
+from engine.service import WorkerService, drain_on_signals, new_registration
+from kvtransfer.receiving import ReceiveSide
+from kvtransfer.transport import Identity, Transport
+from kvtransfer.transports import open_transport
+from protocol.wire import (
+    Declined,
+    Links,
+    PeerAddress,
+    Preempted,
+    Prefill,
+    Reserve,
+    Role,
+    TransferFailed,
+    WorkerStats,
+)
+
+log = logging.getLogger(__name__)
+
+
+class DecodeWorker:
+    """One decode worker on the running event loop; computes on `compute`, which may be shared.
+
+    Args:
+        compute: the compute thread, not yet started.
+        transport: how KV arrives; owned by the caller.
+    """
+
+    def __init__(self, config: DecodeConfig, model: LoadedModel, compute: ComputeLoop, transport: Transport) -> None:
+        self._model = model
+        self._compute = compute
+        self._open_transfers: set[int] = set()
+        kv_cache = model.new_kv_cache()
+        pool = BlockPool(model.num_blocks)
+        block_size = model.fingerprint.block_size
+        self._stepper = DecodeStepper(
+            Runner(model.decoder, kv_cache),
+            pool,
+            DecodeScheduler(pool, block_size, config.max_num_seqs, config.watermark_blocks),
+            lambda emission: compute.call_back(self._on_emission, emission),
+            model.max_model_len,
+        )
+        registration = new_registration(
+            config.service,
+            Role.DECODE,
+            model.fingerprint,
+            (model.num_blocks, config.max_num_seqs, model.max_model_len),
+            model.backend,
+        )
+        self.service = WorkerService(config.service, registration, self)
+        compute.add(self._stepper, self.service.on_dead)
+        self._receiving = ReceiveSide(
+            kv_cache,
+            config.transfer,
+            transport,
+            Identity(registration.worker_id, registration.instance, model.fingerprint),
+            on_complete=self._on_landed,
+            on_failed=self._on_transfer_failed,
+            on_links=self._announce_links,
+        )
+
+    async def close(self) -> None:
+        """Close every link; open transfers are dropped."""
+        await self._receiving.close()
+
+    # --- RoleHandler ---
+
+    def take(self, message: Prefill | Reserve) -> None:
+        """Ask for room for a placement."""
+        refusal = refusal_of(message, self._model) if isinstance(message, Reserve) else "this is a decode worker"
+        if refusal is not None or not isinstance(message, Reserve):
+            self._decline(message.transfer_id, refusal or "")
+            return
+        event = ReserveBlocks(sequence_of(message, self._model), message.prefill_worker_id)
+        self._compute.post(self._stepper, event)
+
+    def abort(self, transfer_id: int, reason: str) -> None:
+        """Forget a placement. Once the transfer is closed nothing writes into its blocks, so they may go."""
+        self.service.release(transfer_id)
+        if transfer_id in self._open_transfers:
+            self._open_transfers.discard(transfer_id)
+            self._receiving.abort(transfer_id, reason)
+        self._compute.post(self._stepper, DropSequence(transfer_id))
+
+    def set_members(self, peers: tuple[PeerAddress, ...]) -> None:
+        """Link with exactly these prefill workers."""
+        self._receiving.set_peers(peers)
+
+    def stats(self) -> WorkerStats:
+        """Return current gauges and counters."""
+        stepper, counters, received = self._stepper, self._stepper.counters, self._receiving.stats
+        pool = stepper.pool_counts
+        return WorkerStats(
+            blocks_free=pool.free,
+            blocks_cached=pool.cached,
+            blocks_leased=pool.leased,
+            blocks_total=pool.total,
+            num_running=stepper.num_running,
+            num_waiting=stepper.num_waiting,
+            num_steps=counters.num_steps,
+            num_computed_tokens=counters.num_computed_tokens,
+            num_preemptions=stepper.num_preemptions,
+            num_replayed_tokens=stepper.num_replayed_tokens,
+            num_transfers=received.num_transfers,
+            num_transfers_failed=received.num_transfers_failed,
+            num_bytes_transferred=received.num_bytes,
+            num_blocks_transferred=received.num_blocks,
+            num_blocks_skipped=received.num_blocks_skipped,
+            transfer_s=received.transfer_s,
+            step_s=counters.step_s,
+        )
+
+    def progress(self) -> int:
+        """Return the compute thread's progress."""
+        return self._compute.progress
+
+    def has_work(self) -> bool:
+        """Whether a sequence is running; one that awaits its KV is no work of the compute thread."""
+        return self._stepper.num_running > 0
+
+    # --- from compute and transfer ---
+
+    def _on_emission(self, emission: DecodeEmission) -> None:
+        if isinstance(emission, StepRows):
+            self.service.tell_rows(emission.rows)
+            for transfer_id, row in emission.rows:
+                if row.finish_reason is not None:
+                    self.service.release(transfer_id)
+        elif isinstance(emission, Granted):
+            self._open_transfer(emission)
+        elif isinstance(emission, NoRoom):
+            self._decline(emission.transfer_id, emission.reason)
+        else:
+            self.service.tell(emission.transfer_id, Preempted(transfer_id=emission.transfer_id))
+            self.service.release(emission.transfer_id)
+
+    def _open_transfer(self, granted: Granted) -> None:
+        if not self.service.holds(granted.transfer_id):
+            return  # aborted between the two threads: DropSequence is on its way to the compute thread
+        self._open_transfers.add(granted.transfer_id)
+        reserved = granted.reserved
+        self._receiving.open(granted.transfer_id, granted.sender_id, reserved.block_ids, reserved.num_cached_blocks)
+
+    def _on_landed(self, transfer_id: int, first_token_id: int) -> None:
+        self._open_transfers.discard(transfer_id)
+        self._compute.post(self._stepper, JoinBatch(transfer_id, first_token_id))
+
+    def _on_transfer_failed(self, transfer_id: int, reason: str) -> None:
+        self._open_transfers.discard(transfer_id)
+        self.service.tell(transfer_id, TransferFailed(transfer_id=transfer_id, reason=reason[:4000]))
+        self.service.release(transfer_id)
+        self._compute.post(self._stepper, DropSequence(transfer_id))
+
+    def _decline(self, transfer_id: int, reason: str) -> None:
+        self.service.tell(transfer_id, Declined(transfer_id=transfer_id, reason=reason[:4000]))
+        self.service.release(transfer_id)
+
+    def _announce_links(self) -> None:
+        self.service.announce(Links(peers=self._receiving.links))
+
+
+async def run(config: DecodeConfig) -> int:
+    """Run a decode worker until SIGTERM has drained it; return the exit code.
+
+    Raises:
+        ConfigError: model, device or sizes cannot be used.
+    """
+    pin_process(config.engine.cores)
+    model = await asyncio.to_thread(load, config.engine, log.info, config.cache_dir)
+    transport = open_transport(config.transfer, config.service.secret)
+    compute = ComputeLoop(config.engine.num_threads)
+    worker = DecodeWorker(config, model, compute, transport)
+    drain_on_signals(worker.service)
+    compute.start()
+    try:
+        return await worker.service.run()
+    finally:
+        await worker.close()
+        await transport.close()
+        await compute.stop()

@@ -1,0 +1,38 @@
+"""Configuration of a prefill worker."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.config import EngineConfig, ServiceConfig
+from kvtransfer.config import TransferConfig
+from protocol.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillConfig:
+    """One prefill worker.
+
+    Attributes:
+        cache_dir: where downloaded models are kept.
+        chunk_tokens: most prompt tokens computed in one step, or None for 256 on a CPU and 2048 on a GPU.
+        max_num_seqs: prompts held at once, computing or waiting for their KV to land.
+        num_layer_groups: pushes that the layers of a large chunk are split into, so that sending overlaps computing.
+        layer_push_min_tokens: smaller chunks are pushed whole: splitting them costs more than it hides.
+    """
+
+    engine: EngineConfig
+    service: ServiceConfig
+    transfer: TransferConfig
+    cache_dir: Path
+    chunk_tokens: int | None = None
+    max_num_seqs: int = 256
+    num_layer_groups: int = 3
+    layer_push_min_tokens: int = 128
+
+    def __post_init__(self) -> None:
+        for name in ("chunk_tokens", "max_num_seqs", "num_layer_groups", "layer_push_min_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"prefill {name} must be at least 1, got {value}")

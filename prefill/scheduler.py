@@ -1,0 +1,215 @@
+"""Which prompt tokens are computed next. Pure: no clock, no thread, no tensor; time comes as an argument.
+
+    WAITING ──blocks allocated──► COMPUTING ──last chunk──► COMPUTED ──transfer ended──► gone
+       └───────────── abort ─────────┴───────── blocks stay until the transfer has ended ──► gone
+
+The order is by deadline, and deadlines grow with the length of the prompt, so a long prompt does not hold up short ones
+behind it. While several prompts want tokens, one of them gets at most half of a step, whatever its deadline.
+
+A prompt whose next block is just being computed for another one waits for it and then finds it cached: candidates for
+the same job, arriving together, compute the shared part once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from engine.batch import BatchItem
+from engine.block_pool import BlockPool
+from engine.sequence import Sequence, num_blocks_for
+from protocol.block_hash import BlockHash
+from protocol.errors import OutOfBlocks
+
+_MAX_BATCH_SEQS = 64
+
+
+class JobState(Enum):
+    """Where a prompt stands."""
+
+    WAITING = auto()
+    COMPUTING = auto()
+    COMPUTED = auto()
+    ABORTED = auto()
+
+
+@dataclass(slots=True, eq=False)
+class PrefillJob:
+    """One prompt placed here. Owned by the scheduler once submitted.
+
+    Attributes:
+        receiver_id: the decode worker that awaits the KV, or None if the request ends with its first token.
+        deadline_s: when its first token is due, on the clock of `arrived_s`.
+    """
+
+    sequence: Sequence
+    receiver_id: str | None
+    arrived_s: float
+    deadline_s: float
+    state: JobState = JobState.WAITING
+    started_s: float = 0.0
+    num_cached_tokens: int = 0
+    has_transfer: bool = False
+
+    @property
+    def transfer_id(self) -> int:
+        """Id of the placement."""
+        return self.sequence.transfer_id
+
+    @property
+    def num_left(self) -> int:
+        """Prompt tokens still to be computed."""
+        return self.sequence.num_prompt_tokens - self.sequence.num_computed_tokens
+
+
+class PrefillScheduler:
+    """Queue and blocks of one prefill worker.
+
+    Args:
+        pool: the worker's blocks.
+        block_size: tokens per block.
+        chunk_tokens: most tokens of one step.
+    """
+
+    def __init__(self, pool: BlockPool, block_size: int, chunk_tokens: int) -> None:
+        self._pool = pool
+        self._block_size = block_size
+        self._chunk_tokens = chunk_tokens
+        self._share_tokens = max(1, chunk_tokens // 2)
+        self._jobs: dict[int, PrefillJob] = {}
+        self._started: list[PrefillJob] = []
+
+    @property
+    def num_jobs(self) -> int:
+        """Jobs that hold anything here."""
+        return len(self._jobs)
+
+    @property
+    def num_waiting(self) -> int:
+        """Jobs that have not begun."""
+        return sum(job.state is JobState.WAITING for job in self._jobs.values())
+
+    @property
+    def queued_tokens(self) -> int:
+        """Prompt tokens still to be computed."""
+        return sum(job.num_left for job in self._jobs.values() if job.state in _UNFINISHED)
+
+    def get(self, transfer_id: int) -> PrefillJob | None:
+        """Return a job by its placement."""
+        return self._jobs.get(transfer_id)
+
+    def submit(self, job: PrefillJob) -> None:
+        """Queue a job."""
+        assert job.transfer_id not in self._jobs
+        self._jobs[job.transfer_id] = job
+
+    def schedule(self, now_s: float) -> list[BatchItem]:
+        """Choose the chunks of the next step, allocating the blocks of prompts that begin; empty if there is nothing.
+
+        Prompts that began are returned by `take_started`.
+        """
+        candidates = self._candidates(now_s)
+        share = self._chunk_tokens if len(candidates) < 2 else self._share_tokens
+        grants = dict.fromkeys(candidates, 0)
+        budget = self._chunk_tokens
+        for limit in (share, self._chunk_tokens):
+            for job in candidates:
+                more = min(job.num_left, limit, self._chunk_tokens) - grants[job]
+                more = max(0, min(more, budget))
+                grants[job] += more
+                budget -= more
+        return [
+            BatchItem(job.sequence, job.sequence.num_computed_tokens, num_tokens, num_tokens == job.num_left)
+            for job, num_tokens in grants.items()
+            if num_tokens
+        ]
+
+    def take_started(self) -> list[PrefillJob]:
+        """Return the jobs that began since the last call: their blocks are allocated, cached ones found."""
+        started, self._started = self._started, []
+        return started
+
+    def computed(self, items: Iterable[BatchItem]) -> None:
+        """Note that these chunks stand in the blocks; full blocks become findable."""
+        for item in items:
+            seq = item.sequence
+            first = seq.num_computed_tokens // self._block_size
+            seq.num_computed_tokens = item.start + item.num_tokens
+            last = min(seq.num_computed_tokens // self._block_size, len(seq.names))
+            for index in range(first, last):
+                self._pool.name(seq.block_ids[index], seq.names[index])
+            job = self._jobs[seq.transfer_id]
+            if job.num_left == 0 and job.state is JobState.COMPUTING:
+                job.state = JobState.COMPUTED
+                self._free_if_done(job)
+
+    def abort(self, transfer_id: int) -> None:
+        """Stop computing a job; its blocks are freed once no transfer reads them. Idempotent."""
+        job = self._jobs.get(transfer_id)
+        if job is not None:
+            job.state = JobState.ABORTED
+            self._free_if_done(job)
+
+    def transfer_ended(self, transfer_id: int) -> None:
+        """Note that nobody reads the blocks of this job any more. A job still computing goes on for its first token."""
+        job = self._jobs.get(transfer_id)
+        if job is not None:
+            job.has_transfer = False
+            self._free_if_done(job)
+
+    def _candidates(self, now_s: float) -> list[PrefillJob]:
+        unfinished = [job for job in self._jobs.values() if job.state in _UNFINISHED]
+        unfinished.sort(key=lambda job: job.deadline_s)
+        being_computed = self._names_in_progress(unfinished)
+        chosen: list[PrefillJob] = []
+        may_start, num_claimed = True, 0
+        for job in unfinished:
+            # Enough to fill a step: a prompt that would not compute yet must not hold blocks yet.
+            if len(chosen) == _MAX_BATCH_SEQS or num_claimed >= self._chunk_tokens:
+                break
+            if job.state is JobState.WAITING:
+                # Nobody overtakes a prompt that lacks blocks: smaller ones would starve it for ever.
+                may_start = may_start and self._start(job, being_computed, now_s)
+            if job.state is JobState.COMPUTING:
+                chosen.append(job)
+                num_claimed += min(job.num_left, self._share_tokens)
+        return chosen
+
+    def _names_in_progress(self, jobs: list[PrefillJob]) -> set[BlockHash]:
+        names: set[BlockHash] = set()
+        for job in jobs:
+            if job.state is JobState.COMPUTING:
+                names.update(job.sequence.names[job.sequence.num_computed_tokens // self._block_size :])
+        return names
+
+    def _start(self, job: PrefillJob, being_computed: set[BlockHash], now_s: float) -> bool:
+        """Give a job its blocks; return False if there are not enough. One that waits for another's block is passed."""
+        seq = job.sequence
+        # The last token is always computed: its logits give the first output token.
+        usable = (seq.num_prompt_tokens - 1) // self._block_size
+        cached = self._pool.match(seq.names[:usable])
+        if len(cached) < usable and seq.names[len(cached)] in being_computed:
+            return True
+        self._pool.acquire(cached)
+        try:
+            fresh = self._pool.allocate(num_blocks_for(seq.num_prompt_tokens, self._block_size) - len(cached))
+        except OutOfBlocks:
+            self._pool.release(cached)
+            return False
+        seq.add_blocks(cached + fresh)
+        seq.num_computed_tokens = job.num_cached_tokens = len(cached) * self._block_size
+        job.state, job.started_s = JobState.COMPUTING, now_s
+        job.has_transfer = job.receiver_id is not None
+        being_computed.update(seq.names[len(cached) :])
+        self._started.append(job)
+        return True
+
+    def _free_if_done(self, job: PrefillJob) -> None:
+        if job.has_transfer or job.state in _UNFINISHED:
+            return
+        self._pool.release(job.sequence.take_blocks())
+        del self._jobs[job.transfer_id]
+
+
+_UNFINISHED = (JobState.WAITING, JobState.COMPUTING)

@@ -1,0 +1,234 @@
+"""The prefill worker: life of one placement.
+
+1. `Prefill` comes from the router: hash the prompt's blocks, queue it on the compute thread.
+2. The prompt begins: its blocks are held, the transfer to the decode worker opens (a GRANT may be waiting there).
+3. Chunks are computed, short prompts first; each finished group of layers is pushed while the next computes.
+4. The first token is sampled and goes to the router at once; COMMIT follows the last piece to the decode worker.
+5. LANDED, a failure or an abort ends the transfer: the blocks become evictable prefix cache. A failed transfer is
+   reported, and the router places the request again.
+A request that needs no decode worker (`decode_worker_id` is None, or its first token ends it) stops after step 4.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+
+import msgspec
+
+from engine.block_pool import BlockPool
+from engine.compute_loop import ComputeLoop
+from engine.loading import LoadedModel, load, pin_process
+from engine.placement import refusal_of, sequence_of
+from engine.runner import Runner
+from engine.service import WorkerService, drain_on_signals, new_registration
+from kvtransfer.sending import SendSide
+from kvtransfer.transport import Identity, Listener, Transport
+from kvtransfer.transports import open_transport
+from prefill.config import PrefillConfig
+from prefill.scheduler import PrefillJob, PrefillScheduler
+from prefill.stepper import (
+    AbortJob,
+    CellsReady,
+    FirstTokenReady,
+    PrefillEmission,
+    PrefillStepper,
+    Started,
+    Submit,
+    TransferEnded,
+    layer_groups,
+)
+from protocol.wire import Declined, FirstToken, PeerAddress, Prefill, Reserve, Role, TransferFailed, WorkerStats
+
+log = logging.getLogger(__name__)
+
+CPU_CHUNK_TOKENS = 256
+GPU_CHUNK_TOKENS = 2048
+
+
+class PrefillWorker:
+    """One prefill worker on the running event loop; computes on `compute`, which may be shared.
+
+    Args:
+        compute: the compute thread, not yet started.
+        transport: how KV leaves; owned by the caller.
+    """
+
+    def __init__(self, config: PrefillConfig, model: LoadedModel, compute: ComputeLoop, transport: Transport) -> None:
+        self._model = model
+        self._compute = compute
+        self._transport = transport
+        self._listener: Listener | None = None
+        self._open_transfers: set[int] = set()
+        chunk_tokens = config.chunk_tokens or (GPU_CHUNK_TOKENS if model.device.type == "cuda" else CPU_CHUNK_TOKENS)
+        kv_cache = model.new_kv_cache()
+        pool = BlockPool(model.num_blocks)
+        self._stepper = PrefillStepper(
+            Runner(model.decoder, kv_cache),
+            pool,
+            PrefillScheduler(pool, model.fingerprint.block_size, chunk_tokens),
+            lambda emission: compute.call_back(self._on_emission, emission),
+            block_size=model.fingerprint.block_size,
+            layer_groups=layer_groups(model.fingerprint.num_layers, config.num_layer_groups),
+            layer_push_min_tokens=config.layer_push_min_tokens,
+            max_model_len=model.max_model_len,
+        )
+        self._sending = SendSide(kv_cache, config.transfer, self._on_transfer_ended)
+        registration = new_registration(
+            config.service,
+            Role.PREFILL,
+            model.fingerprint,
+            (model.num_blocks, config.max_num_seqs, model.max_model_len),
+            model.backend,
+        )
+        self.service = WorkerService(config.service, registration, self)
+        compute.add(self._stepper, self.service.on_dead)
+
+    async def start(self) -> None:
+        """Open the port where decode workers connect; registration follows with `service.run`."""
+        registration = self.service.registration
+        identity = Identity(registration.worker_id, registration.instance, self._model.fingerprint)
+        self._listener = await self._transport.listen(identity, self._sending.serve)
+        self.service.registration = msgspec.structs.replace(registration, address=self._listener.address)
+
+    async def close(self) -> None:
+        """Close the peer port and every connection; open transfers end as failed."""
+        if self._listener is not None:
+            await self._listener.close()
+        await self._sending.close()
+
+    # --- RoleHandler ---
+
+    def take(self, message: Prefill | Reserve) -> None:
+        """Queue a placement."""
+        refusal = self._refusal(message)
+        if refusal is not None or not isinstance(message, Prefill):
+            self.service.tell(message.transfer_id, Declined(transfer_id=message.transfer_id, reason=refusal or ""))
+            self.service.release(message.transfer_id)
+            return
+        now_s = time.monotonic()
+        sequence = sequence_of(message, self._model)
+        job = PrefillJob(sequence, message.decode_worker_id, now_s, now_s + message.deadline_s)
+        self._compute.post(self._stepper, Submit(job))
+
+    def abort(self, transfer_id: int, reason: str) -> None:
+        """Forget a placement; its blocks are freed once no transfer reads them."""
+        self._compute.post(self._stepper, AbortJob(transfer_id))
+        # Released first, so that the end of its transfer is not reported as a failure.
+        self.service.release(transfer_id)
+        if transfer_id in self._open_transfers:
+            self._sending.abort(transfer_id, reason)
+
+    def set_members(self, peers: tuple[PeerAddress, ...]) -> None:
+        """Prefill workers wait to be dialled: nothing to do."""
+
+    def stats(self) -> WorkerStats:
+        """Return current gauges and counters."""
+        stepper, counters, sent = self._stepper, self._stepper.counters, self._sending.stats
+        pool = stepper.pool_counts
+        return WorkerStats(
+            blocks_free=pool.free,
+            blocks_cached=pool.cached,
+            blocks_leased=pool.leased,
+            blocks_total=pool.total,
+            num_running=stepper.num_running,
+            num_waiting=stepper.num_waiting,
+            queued_tokens=stepper.queued_tokens,
+            num_steps=counters.num_steps,
+            num_computed_tokens=counters.num_computed_tokens,
+            num_cached_tokens=counters.num_cached_tokens,
+            num_transfers=sent.num_transfers,
+            num_transfers_failed=sent.num_transfers_failed,
+            num_bytes_transferred=sent.num_bytes,
+            num_blocks_transferred=sent.num_blocks,
+            num_blocks_skipped=sent.num_blocks_skipped,
+            transfer_s=sent.transfer_s,
+            step_s=counters.step_s,
+        )
+
+    def progress(self) -> int:
+        """Return the compute thread's progress."""
+        return self._compute.progress
+
+    def has_work(self) -> bool:
+        """Whether prompt tokens wait to be computed; a transfer under way is no work of the compute thread."""
+        return self._stepper.queued_tokens > 0
+
+    # --- from compute and transfer ---
+
+    def _on_emission(self, emission: PrefillEmission) -> None:
+        if isinstance(emission, Started):
+            self._begin_transfer(emission)
+        elif isinstance(emission, CellsReady):
+            if emission.transfer_id in self._open_transfers:
+                self._sending.ready(emission.transfer_id, emission.cells)
+        else:
+            self._deliver(emission)
+
+    def _begin_transfer(self, started: Started) -> None:
+        if started.receiver_id is None:
+            return
+        if not self.service.holds(started.transfer_id):
+            # Aborted between the two threads: the answer that Started asks for.
+            self._compute.post(self._stepper, TransferEnded(started.transfer_id))
+            return
+        self._open_transfers.add(started.transfer_id)
+        self._sending.open(started.transfer_id, started.receiver_id, started.block_ids)
+
+    def _deliver(self, first: FirstTokenReady) -> None:
+        transfer_id = first.transfer_id
+        self.service.tell(
+            transfer_id,
+            FirstToken(
+                transfer_id=transfer_id,
+                row=first.row,
+                num_cached_tokens=first.num_cached_tokens,
+                queue_s=first.queue_s,
+                prefill_s=first.prefill_s,
+            ),
+        )
+        is_open = transfer_id in self._open_transfers
+        if is_open and first.row.finish_reason is None:
+            self._sending.commit(transfer_id, first.row.token_id)
+            return
+        self.service.release(transfer_id)
+        if is_open:
+            self._sending.abort(transfer_id, "finished with its first token")
+
+    def _on_transfer_ended(self, transfer_id: int, failure: str | None) -> None:
+        self._open_transfers.discard(transfer_id)
+        self._compute.post(self._stepper, TransferEnded(transfer_id))
+        if failure is not None and self.service.holds(transfer_id):
+            self._compute.post(self._stepper, AbortJob(transfer_id))
+            self.service.tell(transfer_id, TransferFailed(transfer_id=transfer_id, reason=failure[:4000]))
+        self.service.release(transfer_id)
+
+    def _refusal(self, message: Prefill | Reserve) -> str | None:
+        if not isinstance(message, Prefill):
+            return "this is a prefill worker"
+        if self._stepper.num_running + self._stepper.num_waiting >= self.service.registration.max_num_seqs:
+            return "queue full"
+        return refusal_of(message, self._model)
+
+
+async def run(config: PrefillConfig) -> int:
+    """Run a prefill worker until SIGTERM has drained it; return the exit code.
+
+    Raises:
+        ConfigError: model, device or sizes cannot be used.
+    """
+    pin_process(config.engine.cores)
+    model = await asyncio.to_thread(load, config.engine, log.info, config.cache_dir)
+    transport = open_transport(config.transfer, config.service.secret)
+    compute = ComputeLoop(config.engine.num_threads)
+    worker = PrefillWorker(config, model, compute, transport)
+    drain_on_signals(worker.service)
+    try:
+        await worker.start()
+        compute.start()
+        return await worker.service.run()
+    finally:
+        await worker.close()
+        await transport.close()
+        await compute.stop()
