@@ -37,7 +37,7 @@ class KVCache:
         shape = (num_blocks, f.num_layers, 2, f.num_kv_heads, f.block_size, f.head_dim)
         self._host: NDArray[np.uint8] | None = None
         if device.type == "cpu":
-            # numpy asks the system for zeroed pages, which cost nothing until touched; torch.zeros would write them all.
+            # numpy takes zeroed pages from the system, which cost nothing until touched; torch.zeros writes them all.
             self._host = np.zeros((num_blocks, f.num_layers, f.layer_bytes), np.uint8)
             self._bytes = torch.from_numpy(self._host)
             self.tensor = self._bytes.view(TORCH_DTYPES[f.dtype]).view(shape)

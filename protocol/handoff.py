@@ -172,7 +172,7 @@ class Receiving:
         inside = self.num_cached_blocks <= cells.first_block < last_block <= self.num_blocks
         if not inside or not 0 <= cells.first_layer < last_layer <= self.num_layers:
             raise ProtocolError(f"piece {cells} lies outside the grant")
-        if any(self._cells[start] or self._cells[end - 1] for start, end in self._rows(cells)):
+        if any(self._cells.count(1, start, end) for start, end in self._rows(cells)):
             raise ProtocolError(f"piece {cells} was sent twice")
         return True
 

@@ -303,23 +303,29 @@ def reservation(num_tokens: int) -> Reserve:
     )
 
 
-async def test_a_peer_that_does_not_read_is_cut_at_the_bound(server: Server) -> None:
-    dialer, acceptor = await server.pair()
+@pytest.mark.parametrize("side", ["dialer", "acceptor"])
+async def test_a_peer_that_does_not_read_is_cut_at_the_bound(server: Server, side: str) -> None:
+    writer, silent = await server.pair()
+    if side == "acceptor":
+        writer, silent = silent, writer
     message = message_of(4096)
     num_posted, longest_s = 0, 0.0
-    while not acceptor.is_lost and num_posted * 4096 < 4 * MAX_QUEUED_BYTES:
+    while not writer.is_lost and num_posted * 4096 < 4 * MAX_QUEUED_BYTES:
         started_s = time.perf_counter()
-        acceptor.post(message)  # `dialer` never calls receive
+        writer.post(message)  # `silent` never calls receive
         longest_s = max(longest_s, time.perf_counter() - started_s)
         num_posted += 1
         if num_posted % 100 == 0:
             await asyncio.sleep(0)
-    assert "does not read" in await acceptor.lost
+    assert "does not read" in await writer.lost
     assert MAX_QUEUED_BYTES * 0.9 < num_posted * 4096 < MAX_QUEUED_BYTES * 1.6
     assert longest_s < 0.25
+    assert writer._closer is not None
+    done, _ = await asyncio.wait({writer._closer}, timeout=0.5)
+    assert done, "the socket waits for a peer that never reads"
     with pytest.raises(PeerLost):
         while True:
-            await asyncio.wait_for(dialer.receive(), 2)
+            await asyncio.wait_for(silent.receive(), 2)
 
 
 async def test_abort_ends_both_sides_at_once_and_wakes_the_reader(server: Server) -> None:

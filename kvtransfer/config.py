@@ -1,0 +1,41 @@
+"""Configuration of block transfers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from protocol.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class TransferConfig:
+    """How KV blocks travel.
+
+    Attributes:
+        transport: "ucx" between processes, "inproc" inside one.
+        host: address that a prefill worker's peer port binds to and that decode workers dial.
+        slot_bytes: size of one staging slot, the largest piece; pages are touched once at start.
+        num_slots: receive slots per connection (decode) and send slots per worker (prefill).
+        connect_s: budget for connecting and self-testing one peer.
+        progress_s: a transfer whose piece makes no progress for this long is broken.
+        grant_wait_s: how long a GRANT or a PREFILL may wait for the other before it is dropped.
+        tombstone_s: how long an ended transfer is remembered to refuse late messages.
+    """
+
+    transport: str = "ucx"
+    host: str = "127.0.0.1"
+    slot_bytes: int = 4 << 20
+    num_slots: int = 8
+    connect_s: float = 5.0
+    progress_s: float = 5.0
+    grant_wait_s: float = 30.0
+    tombstone_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        if self.transport not in ("ucx", "inproc"):
+            raise ConfigError(f"transport must be ucx or inproc, got {self.transport!r}")
+        if self.slot_bytes < 4096 or self.num_slots < 2:
+            raise ConfigError("slot_bytes must be at least 4096 and num_slots at least 2")
+        for name in ("connect_s", "progress_s", "grant_wait_s", "tombstone_s"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")

@@ -1,0 +1,1 @@
+"""One suite of promises, held by every transport."""

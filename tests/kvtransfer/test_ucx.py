@@ -1,0 +1,319 @@
+"""What only the UCX transport has: its settings, its secret, its payload port, and its way round shared memory."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable
+from pathlib import Path
+
+import aiohttp
+import numpy as np
+import pytest
+import pytest_asyncio
+
+from kvtransfer import ucx, ucx_driver
+from kvtransfer.config import TransferConfig
+from kvtransfer.transport import Endpoint, Identity, Listener
+from kvtransfer.ucx import DEFAULTS, TCP_ONLY, UcxEndpoint, UcxTransport
+from kvtransfer.ucx_driver import TOKEN_BYTES, UcxDriver
+from protocol.channel import dial
+from protocol.errors import AuthenticationFailed, ConfigError, PeerLost, ProtocolError, TransferError
+from protocol.wire import Credit, Grant, PeerHello, PeerMessage, PeerReady, Pulse
+from tests.contract.workers import SECRET, until
+from tests.kvtransfer.memory_region import fingerprint
+
+pytestmark = pytest.mark.ucx
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = TransferConfig(slot_bytes=65536, num_slots=4, connect_s=5.0)
+US = Identity("d0", 2, fingerprint())
+
+
+class Hall:
+    """A listening transport, a dialing one, and what arrived."""
+
+    def __init__(self) -> None:
+        self.listening = UcxTransport(CONFIG, SECRET)
+        self.dialing = UcxTransport(CONFIG, SECRET)
+        self.accepted: asyncio.Queue[Endpoint] = asyncio.Queue()
+        self.listener: Listener
+
+    @property
+    def url(self) -> str:
+        """Where channels arrive."""
+        return f"http://127.0.0.1:{self.listener.address.port}/peer"
+
+    @property
+    def driver(self) -> UcxDriver:
+        """The listening side's driver."""
+        return next(iter(self.listening._drivers.values()))
+
+    async def ready(self, session: aiohttp.ClientSession) -> tuple[object, PeerReady]:
+        """Go through the channel's handshake by hand, up to PeerReady."""
+        channel = await dial(session, self.url, SECRET, "peer")
+        channel.post(PeerHello(worker_id="d0", instance=2, fingerprint=fingerprint()))
+        ready = await channel.receive()
+        assert isinstance(ready, PeerReady)
+        return channel, ready
+
+
+@pytest_asyncio.fixture
+async def hall() -> AsyncIterator[Hall]:
+    hall = Hall()
+    hall.listener = await hall.listening.listen(Identity("p0", 1, fingerprint()), hall.accepted.put_nowait)
+    yield hall
+    for endpoint in [*hall.dialing._dialled]:
+        endpoint.abort("test over")  # nobody reads here, so a polite close would wait for its budget
+    await asyncio.sleep(0.01)
+    await hall.dialing.close()
+    await hall.listening.close()
+    assert hall.listening.num_pending == hall.dialing.num_pending == 0
+
+
+async def works(hall: Hall) -> UcxEndpoint:
+    """Assert that an honest peer gets in and payload flows; return its end."""
+    dialer = await hall.dialing.dial(hall.listener.address, US)
+    acceptor = await asyncio.wait_for(hall.accepted.get(), 2)
+    sent, received = np.arange(5000, dtype=np.uint8), np.zeros(5000, np.uint8)
+    receiving = dialer.post_receive(received, 3)
+    await asyncio.wait({acceptor.send(sent, 3), receiving}, timeout=5)
+    receiving.result()
+    assert (sent == received).all()
+    assert isinstance(dialer, UcxEndpoint)
+    return dialer
+
+
+async def test_wrong_secret_is_refused(hall: Hall, caplog: pytest.LogCaptureFixture) -> None:
+    intruder = UcxTransport(CONFIG, b"x" * 32)
+    with pytest.raises(AuthenticationFailed, match="wrong cluster secret"):
+        await intruder.dial(hall.listener.address, US)
+    await intruder.close()
+    await until(lambda: "wrong cluster secret" in caplog.text)
+    assert hall.accepted.empty()
+    await works(hall)
+
+
+async def test_an_idle_connection_costs_nothing(hall: Hall) -> None:
+    dialer = await works(hall)
+    waiting = dialer.post_receive(np.zeros(10, np.uint8), 99)
+    used_s = time.process_time()
+    await asyncio.sleep(0.5)
+    assert time.process_time() - used_s < 0.05
+    assert not waiting.done()
+
+
+async def test_a_stranger_on_the_payload_port_is_cut_off(hall: Hall, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ucx_driver, "ADMISSION_BUDGET_S", 0.2)
+    port, stranger = hall.driver.listen(), UcxDriver(hall.dialing._api, TCP_ONLY)
+    silent = stranger._api.lib.UCXEndpoint.create(stranger._worker, "127.0.0.1", port, True)
+    lying = await stranger.connect("127.0.0.1", port, secrets.token_bytes(TOKEN_BYTES))
+    closed: list[str] = []
+    stranger.watch(silent, lambda: closed.append("silent"))
+    stranger.watch(lying, lambda: closed.append("lying"))
+    await until(lambda: sorted(closed) == ["lying", "silent"], budget_s=3)
+    assert hall.accepted.empty() and not hall.driver._admitting
+    await works(hall)
+    for endpoint in (silent, lying):
+        stranger.close_endpoint(endpoint)
+    await stranger.close()
+
+
+async def test_what_is_posted_on_a_dead_endpoint_ends(hall: Hall, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stranger may be gone before its endpoint is looked at. UCX would keep what is posted then for ever."""
+    accepted: list[object] = []
+    monkeypatch.setattr(hall.driver, "_start_admission", accepted.append)
+    stranger = UcxDriver(hall.dialing._api, TCP_ONLY)
+    endpoint = await stranger.connect("127.0.0.1", hall.driver.listen(), secrets.token_bytes(TOKEN_BYTES))
+    await until(lambda: bool(accepted))
+    stranger.close_endpoint(endpoint)
+    await until(lambda: not accepted[0].alive)  # type: ignore[attr-defined]
+    posted = hall.driver.receive(accepted[0], np.zeros(10, np.uint8), 5)
+    await asyncio.wait({posted}, timeout=1)
+    assert isinstance(posted.exception(), PeerLost)
+    hall.driver.close_endpoint(accepted[0])
+    assert hall.listening.num_pending == 0
+    await stranger.close()
+    monkeypatch.undo()
+    await works(hall)
+
+
+async def test_a_dialer_that_leaves_in_the_handshake_is_noticed_at_once(
+    hall: Hall, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with aiohttp.ClientSession() as session:
+        channel, _ = await hall.ready(session)
+        channel.abort("changed our mind")  # type: ignore[attr-defined]
+        await until(lambda: "no connection with the peer" in caplog.text, budget_s=1)
+        await channel.close()  # type: ignore[attr-defined]
+    assert not hall.driver._expected
+
+
+async def test_a_token_admits_once(hall: Hall, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with aiohttp.ClientSession() as session:
+        channel, ready = await hall.ready(session)
+        thief = UcxDriver(hall.dialing._api, TCP_ONLY)
+        first = await thief.connect("127.0.0.1", ready.payload_port, ready.payload_token)
+        second = await thief.connect("127.0.0.1", ready.payload_port, ready.payload_token)
+        closed: list[int] = []
+        thief.watch(second, lambda: closed.append(2))
+        await until(lambda: closed == [2], budget_s=3)
+        thief.close_endpoint(first)
+        thief.close_endpoint(second)
+        await thief.close()
+        channel.abort("done")  # type: ignore[attr-defined]
+        await channel.close()  # type: ignore[attr-defined]
+
+
+async def test_a_peer_that_never_opens_its_payload_connection_is_dropped(hall: Hall) -> None:
+    hall.listening._config = TransferConfig(slot_bytes=65536, num_slots=4, connect_s=0.3)
+    async with aiohttp.ClientSession() as session:
+        channel, _ = await hall.ready(session)
+        with pytest.raises(PeerLost):
+            while True:
+                await asyncio.wait_for(channel.receive(), 3)  # type: ignore[attr-defined]
+        await channel.close()  # type: ignore[attr-defined]
+    assert hall.accepted.empty() and not hall.driver._expected
+    await works(hall)
+
+
+async def test_a_damaged_self_test_refuses_the_connection(hall: Hall, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = ucx._test_pattern
+    monkeypatch.setattr(ucx, "_test_pattern", lambda n, tag: honest(n, secrets.randbits(63)))
+    with pytest.raises(PeerLost, match="no payload connection with p0"):
+        await hall.dialing.dial(hall.listener.address, US)
+    monkeypatch.undo()
+    await asyncio.sleep(0.05)
+    assert hall.accepted.empty()
+    await works(hall)
+
+
+async def test_tcp_takes_over_where_shared_memory_fails_its_test(
+    hall: Hall, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if "UCX_TLS" in os.environ:
+        pytest.skip("the user chose UCX's transports")
+    honest, tried = UcxTransport._self_test, []
+
+    async def fail_on_shared_memory(self: UcxTransport, endpoint: UcxEndpoint, credit: Awaitable[PeerMessage]) -> None:
+        if self is hall.dialing:
+            tried.append(next(name for name, d in self._drivers.items() if d is endpoint._driver))
+            if "posix" in tried[-1]:
+                await credit
+                raise TransferError("no ptrace permission")
+        await honest(self, endpoint, credit)
+
+    monkeypatch.setattr(UcxTransport, "_self_test", fail_on_shared_memory)
+    dialer = await works(hall)
+    assert tried == ["posix,cma,tcp,self", "tcp,self"]
+    assert "no ptrace permission" in caplog.text
+    dialer.abort("cable")
+    await works(hall)
+    assert tried[2:] == ["tcp,self"]  # remembered
+
+
+async def test_a_message_that_is_not_for_peers_ends_the_connection(hall: Hall) -> None:
+    dialer = await works(hall)
+    hall.accepted.put_nowait(acceptor := next(iter(hall.listener.endpoints)))  # type: ignore[attr-defined]
+    dialer._channel.post(Pulse())
+    with pytest.raises(ProtocolError, match="Pulse is not a message between workers"):
+        await asyncio.wait_for(acceptor.receive(), 2)
+    assert acceptor.lost.done()
+
+
+async def test_words_before_the_hello_are_refused(hall: Hall, caplog: pytest.LogCaptureFixture) -> None:
+    async with aiohttp.ClientSession() as session:
+        for message in (Grant(transfer_id=1, num_blocks=1, num_cached_blocks=0), Credit(tags=(), slot_bytes=1)):
+            channel = await dial(session, hall.url, SECRET, "peer")
+            channel.post(message)
+            with pytest.raises(PeerLost):
+                await asyncio.wait_for(channel.receive(), 3)
+            await channel.close()
+    assert "expected PeerHello, got Grant" in caplog.text
+    await works(hall)
+
+
+async def test_a_cancelled_dial_leaves_nothing_open(hall: Hall) -> None:
+    for pause_s in (0.0, 0.001, 0.003, 0.01, 0.03):
+        dialing = asyncio.create_task(hall.dialing.dial(hall.listener.address, US))
+        await asyncio.sleep(pause_s)
+        dialing.cancel()
+        await asyncio.wait({dialing})
+        if not dialing.cancelled():
+            dialing.result().abort("too quick for this test")
+    await until(lambda: not hall.dialing._dialled and hall.dialing.num_pending == 0)
+    await until(lambda: not hall.listener.endpoints and hall.listening.num_pending == 0)  # type: ignore[attr-defined]
+    while not hall.accepted.empty():
+        hall.accepted.get_nowait()
+    await works(hall)
+
+
+async def test_a_host_that_nobody_can_dial_is_a_configuration_error() -> None:
+    for host, reason in (
+        ("0.0.0.0", "decode workers can dial"),
+        ("192.0.2.1", "cannot be listened on"),
+        ("::1", "no IPv4 address"),
+        ("no such host", "no IPv4 address"),
+    ):
+        transport = UcxTransport(TransferConfig(host=host), SECRET)
+        with pytest.raises(ConfigError, match=reason):
+            await transport.listen(US, lambda endpoint: None)
+        await transport.close()
+
+
+async def test_a_host_may_be_a_name() -> None:
+    hall = Hall()
+    hall.listening = UcxTransport(TransferConfig(host="localhost", slot_bytes=65536, num_slots=4), SECRET)
+    hall.listener = await hall.listening.listen(Identity("p0", 1, fingerprint()), hall.accepted.put_nowait)
+    assert hall.listener.address.host == "localhost"
+    dialer = await works(hall)
+    dialer.abort("done")
+    await hall.dialing.close()
+    await hall.listening.close()
+
+
+def run_python(code: str, **environment: str) -> str:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("UCX_")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env={**clean, **environment}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_settings_of_the_user_stay() -> None:
+    code = "import os, kvtransfer.ucx as u; u.load_ucxx(); print(os.environ['UCX_RNDV_THRESH'])"
+    assert run_python(code) == DEFAULTS["UCX_RNDV_THRESH"]
+    assert run_python(code, UCX_RNDV_THRESH="16384") == "16384"
+    code = "import kvtransfer.ucx as u; t = u.UcxTransport(u.TransferConfig(), b''); print(t._settings('127.0.0.1'))"
+    assert run_python(code, UCX_TLS="tcp,self") == "[{}]"
+
+
+def test_ucxx_is_imported_only_when_its_transport_is_opened() -> None:
+    opened = "open_transport(TransferConfig(transport={!r}), b'')"
+    code = (
+        "import sys; from kvtransfer.transports import open_transport; from kvtransfer.config import TransferConfig; "
+        "{}; print('ucxx' in sys.modules)"
+    )
+    assert run_python(code.format(opened.format("inproc"))) == "False"
+    assert run_python(code.format(opened.format("ucx"))) == "True"
+
+
+def test_a_missing_ucxx_is_a_clear_configuration_error() -> None:
+    code = (
+        "import sys; sys.modules['ucxx'] = None\n"
+        "from kvtransfer.ucx import *\n"
+        "try: UcxTransport(TransferConfig(), b'')\n"
+        "except ConfigError as e: print(e)"
+    )
+    assert "needs the ucxx package" in run_python(code)
+
+
+def test_other_hosts_are_reached_over_tcp_only() -> None:
+    transport = UcxTransport(CONFIG, SECRET)
+    if "UCX_TLS" not in os.environ:
+        assert transport._settings("10.0.0.7") == [TCP_ONLY]
+        assert len(transport._settings("localhost")) == 2
