@@ -1,0 +1,142 @@
+"""A router process, from start to end.
+
+    load tokenizer ─► listen for workers and clients ─► serve ─SIGTERM─► drain ─► close ─► exit code 0
+
+1. Both ports are open before the first worker is there; /health says 503 and what is missing.
+2. Draining: new requests get 503, running ones go on until they finish or `drain_s` is over. A second signal ends it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import time
+from contextlib import suppress
+from typing import Final
+
+from aiohttp import web
+
+from router.config import RouterConfig
+from router.control import ControlServer
+from router.metrics import Metrics
+from router.server import HttpServer
+from router.switchboard import Switchboard
+from router.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+CLOSE_BUDGET_S: Final = 1.0
+BACKLOG: Final = 1024
+
+
+class Router:
+    """One router on the running event loop: `start`, `drain`, `close`.
+
+    Args:
+        tokenizer: of the model that is served.
+    """
+
+    def __init__(self, config: RouterConfig, tokenizer: Tokenizer) -> None:
+        metrics = Metrics(config.served_model_names[0])
+        self._config = config
+        self.switchboard = Switchboard(config, tokenizer, metrics, time.monotonic)
+        self._control = ControlServer(config, self.switchboard)
+        self._http = HttpServer(config, tokenizer, self.switchboard, metrics)
+        self._runners: list[web.AppRunner] = []
+        self.clock: asyncio.Task[None] | None = None
+        self.http_port = self.control_port = 0
+
+    async def start(self) -> None:
+        """Open both ports.
+
+        Raises:
+            OSError: a port cannot be had.
+        """
+        config = self._config
+        self.control_port = await self._listen(
+            self._control.app(), config.control_host, config.control_port, config.control_fd
+        )
+        self.http_port = await self._listen(self._http.app(), config.http_host, config.http_port, config.http_fd)
+        self.clock = asyncio.create_task(self._control.keep_time())
+        log.info("clients on port %d, workers on port %d", self.http_port, self.control_port)
+
+    async def drain(self) -> None:
+        """Take nothing new and wait for what runs, at most `drain_s`. Cancel-safe."""
+        self.switchboard.is_draining = True
+        log.info("draining %d requests", self.switchboard.num_requests)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._config.drain_s):
+                await self.switchboard.idle.wait()
+
+    async def close(self) -> None:
+        """Fail what still runs, close clients' connections, then workers'."""
+        self.switchboard.is_draining = True
+        self.switchboard.abandon()
+        if self._runners:
+            await self._runners.pop().cleanup()
+        # Flushes the aborts.
+        await self.switchboard.close()
+        for runner in self._runners:
+            await runner.cleanup()
+        if self.clock is not None:
+            self.clock.cancel()
+            with suppress(asyncio.CancelledError):
+                await self.clock
+        self._http.close()
+
+    async def _listen(self, app: web.Application, host: str, port: int, fd: int | None) -> int:
+        # A client that leaves must cancel its handler: that is what aborts its request.
+        runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=CLOSE_BUDGET_S)
+        await runner.setup()
+        self._runners.append(runner)
+        site: web.BaseSite
+        if fd is not None:
+            site = web.SockSite(runner, socket.socket(fileno=fd), backlog=BACKLOG)
+        else:
+            site = web.TCPSite(runner, host, port, backlog=BACKLOG)
+        await site.start()
+        address = runner.addresses[0]
+        return int(address[1]) if isinstance(address, tuple) else 0
+
+
+async def run(config: RouterConfig) -> int:
+    """Run a router until SIGTERM or SIGINT has drained it; return the exit code.
+
+    Raises:
+        ConfigError: tokenizer or chat template cannot be used.
+        OSError: a port cannot be had.
+    """
+    tokenizer = await asyncio.to_thread(Tokenizer, config.model_path, config.chat_template)
+    router = Router(config, tokenizer)
+    stop, stop_now = asyncio.Event(), asyncio.Event()
+
+    def on_signal() -> None:
+        (stop_now if stop.is_set() else stop).set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    try:
+        await router.start()
+        assert router.clock is not None
+        await _first_of(stop.wait(), asyncio.shield(router.clock))
+        if router.clock.done():
+            log.error("the router's clock stopped", exc_info=router.clock.exception())
+            return 1
+        await _first_of(router.drain(), stop_now.wait())
+        return 0
+    finally:
+        await router.close()
+
+
+async def _first_of(*waits: object) -> None:
+    """Wait until the first is over; cancel the others."""
+    tasks = [asyncio.ensure_future(wait) for wait in waits]  # type: ignore[call-overload]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,67 @@
+"""The router's own configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from protocol.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class RouterConfig:
+    """How one router listens, what it serves and how much it takes.
+
+    Attributes:
+        model_path: resolved local path of the model: a directory, or a GGUF file (for tokenizer and chat template).
+        served_model_names: names that clients may use; the first is reported.
+        secret: cluster secret, at least 16 bytes; every worker proves it.
+        http_host, http_port: where clients connect; `http_fd` is an already listening socket and wins.
+        control_host, control_port: where workers connect; loopback unless told otherwise; `control_fd` wins.
+        chat_template: text of a Jinja template that replaces the model's own, or None.
+        max_model_len: upper bound of prompt plus output tokens, or None for what the workers report.
+        max_num_requests: accepted and unfinished requests; more are shed with 429.
+        max_body_bytes: larger HTTP bodies get 413.
+        heartbeat_s, lease_ttl_s: what workers are told; a worker silent for `lease_ttl_s` is lost.
+        stall_s: a worker with work in hand whose compute makes no progress for this long is lost: longer than any step.
+        ttft_slo_s: deadline for the first token used to order the prefill queue: base plus per-token allowance.
+        ttft_slo_per_token_s: allowance per prompt token.
+        max_placements: how often one request may be placed before it fails.
+        placement_wait_s: how long an accepted request may wait for a pair of workers.
+        drain_s: on SIGTERM, how long running streams may take to finish.
+    """
+
+    model_path: str
+    served_model_names: tuple[str, ...]
+    secret: bytes = field(repr=False)
+    http_host: str = "127.0.0.1"
+    http_port: int = 8000
+    http_fd: int | None = None
+    control_host: str = "127.0.0.1"
+    control_port: int = 8001
+    control_fd: int | None = None
+    chat_template: str | None = None
+    max_model_len: int | None = None
+    max_num_requests: int = 1024
+    max_body_bytes: int = 16 << 20
+    heartbeat_s: float = 0.5
+    lease_ttl_s: float = 3.0
+    stall_s: float = 20.0
+    ttft_slo_s: float = 0.25
+    ttft_slo_per_token_s: float = 0.002
+    max_placements: int = 5
+    placement_wait_s: float = 30.0
+    drain_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        if not self.served_model_names:
+            raise ConfigError("served_model_names: at least one name is needed")
+        if len(self.secret) < 16:
+            raise ConfigError("secret: the cluster secret must have at least 16 bytes")
+        for name in ("max_num_requests", "max_body_bytes", "max_placements"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("heartbeat_s", "stall_s", "ttft_slo_s", "placement_wait_s"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.lease_ttl_s < 2 * self.heartbeat_s:
+            raise ConfigError(f"lease_ttl_s ({self.lease_ttl_s}) must be at least twice heartbeat_s")

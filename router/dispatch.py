@@ -1,0 +1,398 @@
+"""The life of a request across placements. Pure: events in, instructions out, the clock is an argument.
+
+                ┌──────── declined · preempted · transfer failed · worker lost · gap ────────┐
+                ▼                                                                            │
+    submit ► QUEUED ── a pair has room ──► PLACED(epoch k) ── first token ──► STREAMING ─────┤
+                │                              │                                 │           │
+                └─ waited too long ► Fail      └── cancel ► Cancelled            └─ finish reason, stop ► Finish
+
+1. RESERVE and PREFILL leave together. What ends with its first token needs no decode worker.
+2. Tokens are delivered once and in order, by (epoch, index). First token and later ones come from two workers, so the
+   later ones may overtake it: they are kept until it is here. Any other gap fails the placement.
+3. A lost placement begins a new epoch with the tokens that the client has; nothing of an older one counts any more.
+4. A refusal costs a pause, on that worker only; nobody overtakes a request that waits for room.
+5. Every accepted request ends with exactly one of Finish, Fail, Cancelled, and an Abort to whoever holds some of it.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Final
+
+from protocol.block_hash import BlockHash, block_hashes, root_hash
+from protocol.errors import NotReady, RequestFailed
+from protocol.kv_layout import KVFingerprint
+from protocol.request import FinishReason, TokenRow
+from protocol.wire import Abort, Declined, FirstToken, Preempted, TransferFailed
+from router.instructions import (
+    Cancelled,
+    Deliver,
+    Fail,
+    Finish,
+    IdSource,
+    Instruction,
+    Placed,
+    Send,
+    Submission,
+    Terminal,
+)
+from router.load import Demand, Loads, num_blocks_for
+from router.members import Registry, WorkerKey
+
+FIRST_BACKOFF_S: Final = 0.05
+MAX_BACKOFF_S: Final = 1.0
+
+
+@dataclass(slots=True)
+class _Placement:
+    transfer_id: int
+    prefill: WorkerKey
+    decode: WorkerKey | None
+    prefill_holds: bool = True
+    decode_holds: bool = True
+    early: list[TokenRow] = field(default_factory=list)
+
+
+@dataclass(slots=True, eq=False)
+class _Request:
+    submission: Submission
+    order: int
+    waiting_since_s: float
+    epoch: int = -1
+    tokens: list[int] = field(default_factory=list)
+    placement: _Placement | None = None
+    names: tuple[BlockHash, ...] = ()
+    named_for: KVFingerprint | None = None
+    num_failures: int = 0
+    num_preemptions: int = 0
+    num_declines: int = 0
+    retry_s: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def request_id(self) -> int:
+        return self.submission.request_id
+
+    @property
+    def needs_decode(self) -> bool:
+        return self.submission.sampling.max_tokens > 1
+
+
+class Dispatch:
+    """All unfinished requests of one router.
+
+    Args:
+        registry: the workers, kept up to date by the caller.
+        max_placements: failed placements after which a request fails.
+        placement_wait_s: how long a request may wait for a pair of workers.
+        ids: makes transfer ids.
+    """
+
+    def __init__(self, registry: Registry, max_placements: int, placement_wait_s: float, ids: IdSource) -> None:
+        self._registry = registry
+        self._max_placements = max_placements
+        self._placement_wait_s = placement_wait_s
+        self._ids = ids
+        self.loads = Loads(registry)
+        self._requests: dict[int, _Request] = {}
+        self._by_transfer: dict[int, _Request] = {}
+        self._queue: list[_Request] = []
+        self._order = itertools.count()
+        self._has_freed = False
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests without workers."""
+        return len(self._queue)
+
+    @property
+    def num_running(self) -> int:
+        """Requests with workers."""
+        return len(self._requests) - len(self._queue)
+
+    # --- events from clients and the clock ---
+
+    def submit(self, submission: Submission, now_s: float) -> list[Instruction]:
+        """Take a request."""
+        assert submission.request_id not in self._requests
+        request = _Request(submission, next(self._order), now_s)
+        self._requests[submission.request_id] = request
+        self._queue.append(request)
+        return self._place_waiting(now_s)
+
+    def cancel(self, request_id: int, now_s: float) -> list[Instruction]:
+        """Forget a request whose client is gone; unknown ones have ended."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return []
+        return self._end(request, Cancelled(request_id), "client gone") + self._place_waiting(now_s)
+
+    def stop(self, request_id: int, now_s: float) -> list[Instruction]:
+        """Finish a request whose text has reached a stop string; unknown ones have ended."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return []
+        out = self._end(request, Finish(request_id, FinishReason.STOP), "stop string")
+        return out + self._place_waiting(now_s)
+
+    def tick(self, now_s: float) -> list[Instruction]:
+        """Place what waits and give up on what waited too long. Call it when members change, and every so often."""
+        out = self._place_waiting(now_s)
+        for request in [r for r in self._queue if now_s - r.waiting_since_s > self._placement_wait_s]:
+            # A stream that gave way to others waits for room as long as there are workers at all.
+            if request.tokens and self._registry.is_ready:
+                continue
+            missing = ", ".join(self._registry.missing()) or "all workers are full"
+            error = NotReady(f"no workers could take the request within {self._placement_wait_s:g} s: {missing}")
+            out += self._end(request, Fail(request.request_id, error), "waited too long")
+        return out
+
+    # --- events from workers ---
+
+    def first_token(self, key: WorkerKey, message: FirstToken, now_s: float) -> list[Instruction]:
+        """Take token 0 of a placement."""
+        request = self._current(message.transfer_id)
+        if request is None or request.placement is None or request.placement.prefill != key:
+            return []
+        placement, row = request.placement, message.row
+        if (row.request_id, row.epoch, row.index) != (request.request_id, request.epoch, 0) or not _is_token(row):
+            return self._replace(request, f"{key.worker_id} sent a first token that is not ours", now_s)
+        self.loads.computed(placement.transfer_id, placement.prefill)
+        if placement.decode is None or row.finish_reason is not None:
+            placement.prefill_holds = False
+        out: list[Instruction] = []
+        if request.tokens and row.finish_reason is not None:
+            # The prefill worker takes it for complete and sends no KV; the client has seen it go on.
+            return self._replace(request, "the prompt, computed again, ended otherwise", now_s)
+        if not request.tokens:
+            if placement.decode is None and row.finish_reason is None:
+                row = _ended(row, FinishReason.LENGTH)
+            rows = [row, *placement.early]
+            placement.early = []
+            out = self._deliver(request, rows, message)
+        return out + self._place_freed(now_s)
+
+    def tokens(self, key: WorkerKey, rows: Iterable[TokenRow], now_s: float) -> list[Instruction]:
+        """Take the rows of one decode step."""
+        out: list[Instruction] = []
+        for row in rows:
+            request = self._requests.get(row.request_id)
+            if request is None or row.epoch != request.epoch or request.placement is None:
+                continue
+            if request.placement.decode == key:
+                out += self._row(request, request.placement, row, now_s)
+        return out + self._place_freed(now_s)
+
+    def declined(self, key: WorkerKey, message: Declined, now_s: float) -> list[Instruction]:
+        """Take a refusal: nothing was done there."""
+        request = self._left(key, message.transfer_id)
+        if request is None:
+            return []
+        backoff_s = min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2 ** min(request.num_declines, 10))
+        request.num_declines += 1
+        request.retry_s[key.worker_id] = now_s + backoff_s
+        # The wait goes on where it began: refusals do not prolong it.
+        since_s = request.waiting_since_s
+        return self._requeue(request, f"declined: {message.reason}", since_s) + self._place_waiting(now_s)
+
+    def preempted(self, key: WorkerKey, message: Preempted, now_s: float) -> list[Instruction]:
+        """Take the news that a sequence gave way to older ones; next time it waits for more room."""
+        request = self._left(key, message.transfer_id)
+        if request is None:
+            return []
+        request.num_preemptions += 1
+        return self._requeue(request, "preempted", now_s) + self._place_waiting(now_s)
+
+    def transfer_failed(self, key: WorkerKey, message: TransferFailed, now_s: float) -> list[Instruction]:
+        """Take the news that a hand-off broke."""
+        request = self._left(key, message.transfer_id)
+        return [] if request is None else self._replace(request, message.reason, now_s)
+
+    def worker_lost(self, key: WorkerKey, now_s: float) -> list[Instruction]:
+        """Place again whatever this instance held; it is out of the registry already."""
+        out: list[Instruction] = []
+        for request in list(self._by_transfer.values()):
+            placement = request.placement
+            assert placement is not None
+            on_prefill, on_decode = placement.prefill == key, placement.decode == key
+            if (on_prefill and placement.prefill_holds) or on_decode:
+                placement.prefill_holds &= not on_prefill
+                placement.decode_holds &= not on_decode
+                out += self._replace(request, f"worker {key.worker_id} was lost", now_s, place=False)
+        self.loads.forget(key)
+        return out + self._place_waiting(now_s)
+
+    # --- tokens ---
+
+    def _row(self, request: _Request, placement: _Placement, row: TokenRow, now_s: float) -> list[Instruction]:
+        """Deliver, keep or drop one row of the current epoch."""
+        num_delivered = len(request.tokens)
+        if row.index < num_delivered or 0 < row.index <= len(placement.early):
+            return []
+        if not _is_token(row):
+            return self._replace(request, f"token id {row.token_id} is none", now_s)
+        if placement.prefill_holds:
+            # Decode computes only what has landed: the prefill worker is done, unless its token 0 is still on the way.
+            self.loads.ended(placement.transfer_id, placement.prefill)
+            self._has_freed = True
+            placement.prefill_holds = num_delivered == 0
+        if row.index == num_delivered:
+            return self._deliver(request, [row], None)
+        if num_delivered == 0 and row.index == len(placement.early) + 1:
+            placement.early.append(row)
+            return []
+        return self._replace(request, f"token {row.index} came instead of {num_delivered}", now_s)
+
+    def _deliver(self, request: _Request, rows: list[TokenRow], first: FirstToken | None) -> list[Instruction]:
+        """Deliver consecutive rows, and finish where one says so."""
+        out: list[Instruction] = []
+        placement = request.placement
+        assert placement is not None
+        request.num_declines = 0
+        for row in rows:
+            request.tokens.append(row.token_id)
+            out.append(Deliver(request.request_id, row, first if row.index == 0 else None))
+            if row.finish_reason is not None:
+                if row.index > 0:
+                    placement.prefill_holds = placement.decode_holds = False
+                return out + self._end(request, Finish(request.request_id, row.finish_reason), "finished")
+        if rows[-1].index > 0:
+            placement.prefill_holds = False
+        if placement.decode is not None and self._registry.fingerprint is not None:
+            num_tokens = len(request.submission.prompt) + len(request.tokens)
+            num_blocks = num_blocks_for(num_tokens, self._registry.fingerprint.block_size)
+            self.loads.grown(placement.transfer_id, placement.decode, num_blocks)
+        return out
+
+    # --- placing ---
+
+    def _place_freed(self, now_s: float) -> list[Instruction]:
+        """Try again only when a worker was freed of something: most tokens free nothing."""
+        return self._place_waiting(now_s) if self._has_freed and self._queue else []
+
+    def _place_waiting(self, now_s: float) -> list[Instruction]:
+        out: list[Instruction] = []
+        is_blocked = self._has_freed = False
+        for request in list(self._queue):
+            if is_blocked and request.needs_decode:
+                continue
+            demand = self._demand(request)
+            if demand is None:
+                break
+            resting = {worker_id for worker_id, until_s in request.retry_s.items() if until_s > now_s}
+            pair = self.loads.choose(demand, resting)
+            if pair is None:
+                # One that rests after a refusal lets others pass; one that waits for room does not.
+                is_blocked = is_blocked or not resting
+                continue
+            self._queue.remove(request)
+            out += self._place(request, demand, pair.prefill_id, pair.decode_id, now_s)
+        return out
+
+    def _demand(self, request: _Request) -> Demand | None:
+        fingerprint = self._registry.fingerprint
+        if fingerprint is None:
+            return None
+        submission = request.submission
+        if request.named_for is not fingerprint:
+            root = root_hash(fingerprint.model_hash, submission.cache_salt)
+            request.names = tuple(block_hashes(submission.prompt, fingerprint.block_size, root))
+            request.named_for = fingerprint
+        num_tokens = len(submission.prompt) + len(request.tokens) + 1
+        # Who gave way before comes back with room for more, so that it does not give way again at once.
+        room_tokens = max(0, submission.sampling.max_tokens - len(request.tokens) - 1)
+        num_tokens += min(room_tokens, request.num_preemptions * fingerprint.block_size)
+        return Demand(
+            num_prompt_tokens=len(submission.prompt),
+            names=request.names,
+            num_blocks=num_blocks_for(num_tokens, fingerprint.block_size),
+            needs_decode=request.needs_decode,
+        )
+
+    def _place(
+        self, request: _Request, demand: Demand, prefill_id: str, decode_id: str | None, now_s: float
+    ) -> list[Instruction]:
+        prefill, decode = self._key(prefill_id), None if decode_id is None else self._key(decode_id)
+        transfer_id = self._ids.next()
+        request.epoch += 1
+        request.placement = _Placement(transfer_id, prefill, decode, decode_holds=decode is not None)
+        self._by_transfer[transfer_id] = request
+        self.loads.placed(transfer_id, demand, prefill, decode)
+        submission, epoch = request.submission, request.epoch
+        out: list[Instruction] = []
+        if decode is not None:
+            out.append(Send(decode, submission.reserve(transfer_id, epoch, prefill_id, tuple(request.tokens))))
+        out.append(Send(prefill, submission.prefill(transfer_id, epoch, decode_id, now_s)))
+        return [*out, Placed(submission.request_id, epoch)]
+
+    def _key(self, worker_id: str) -> WorkerKey:
+        worker = self._registry.get(worker_id)
+        assert worker is not None, "chosen among those present"
+        return worker.key
+
+    # --- leaving workers ---
+
+    def _current(self, transfer_id: int) -> _Request | None:
+        """Return the request whose present placement this is; others are history."""
+        return self._by_transfer.get(transfer_id)
+
+    def _left(self, key: WorkerKey, transfer_id: int) -> _Request | None:
+        """Note that a worker holds nothing of a present placement any more; None if the placement is history."""
+        request = self._current(transfer_id)
+        placement = None if request is None else request.placement
+        if placement is None or key not in (placement.prefill, placement.decode):
+            return None
+        placement.prefill_holds &= placement.prefill != key
+        placement.decode_holds &= placement.decode != key
+        return request
+
+    def _replace(self, request: _Request, reason: str, now_s: float, place: bool = True) -> list[Instruction]:
+        """Give up a placement that failed: queue the request again, or fail it when that happened too often."""
+        request.num_failures += 1
+        if request.num_failures < self._max_placements:
+            out = self._requeue(request, reason, now_s)
+            return out + (self._place_waiting(now_s) if place else [])
+        error = RequestFailed(f"gave up after {request.num_failures} failed placements; the last: {reason}")
+        return self._end(request, Fail(request.request_id, error), reason)
+
+    def _requeue(self, request: _Request, reason: str, waiting_since_s: float) -> list[Instruction]:
+        out = self._release(request, reason)
+        request.waiting_since_s = waiting_since_s
+        bisect.insort(self._queue, request, key=lambda r: r.order)
+        return out
+
+    def _end(self, request: _Request, terminal: Terminal, reason: str) -> list[Instruction]:
+        out = self._release(request, reason)
+        if request in self._queue:
+            self._queue.remove(request)
+        del self._requests[request.request_id]
+        return [*out, terminal]
+
+    def _release(self, request: _Request, reason: str) -> list[Instruction]:
+        """End the present placement: abort it wherever it is held."""
+        placement, request.placement = request.placement, None
+        if placement is None:
+            return []
+        self._has_freed = True
+        del self._by_transfer[placement.transfer_id]
+        out: list[Instruction] = []
+        sides = ((placement.prefill, placement.prefill_holds), (placement.decode, placement.decode_holds))
+        for key, holds in sides:
+            if key is None:
+                continue
+            self.loads.ended(placement.transfer_id, key)
+            if holds:
+                out.append(Send(key, Abort(transfer_id=placement.transfer_id, reason=reason[:4000])))
+            for waiting in self._queue:
+                waiting.retry_s.pop(key.worker_id, None)
+        return out
+
+
+def _is_token(row: TokenRow) -> bool:
+    return 0 <= row.token_id < 1 << 31
+
+
+def _ended(row: TokenRow, reason: FinishReason) -> TokenRow:
+    return TokenRow(row.request_id, row.epoch, row.index, row.token_id, reason, row.logprobs)

@@ -1,0 +1,116 @@
+"""What dispatch is given and what it asks for, and the ids it puts on the wire.
+
+Of the three terminal instructions every accepted request gets exactly one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+from dataclasses import dataclass
+
+from protocol.errors import RequestFailed
+from protocol.request import FinishReason, SamplingParams, TokenRow
+from protocol.wire import FirstToken, Message, Prefill, Reserve
+from router.members import WorkerKey
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """An accepted request. `first_token_due_s` is on the clock of the events."""
+
+    request_id: int
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    first_token_due_s: float
+    cache_salt: str = ""
+
+    def reserve(self, transfer_id: int, epoch: int, prefill_id: str, emitted: tuple[int, ...]) -> Reserve:
+        """Return what a decode worker is told; `emitted` are the tokens that the client has."""
+        return Reserve(
+            request_id=self.request_id,
+            transfer_id=transfer_id,
+            epoch=epoch,
+            prefill_worker_id=prefill_id,
+            prompt=self.prompt,
+            emitted=emitted,
+            sampling=self.sampling,
+            cache_salt=self.cache_salt,
+        )
+
+    def prefill(self, transfer_id: int, epoch: int, decode_id: str | None, now_s: float) -> Prefill:
+        """Return what a prefill worker is told."""
+        return Prefill(
+            request_id=self.request_id,
+            transfer_id=transfer_id,
+            epoch=epoch,
+            decode_worker_id=decode_id,
+            prompt=self.prompt,
+            sampling=self.sampling,
+            deadline_s=self.first_token_due_s - now_s,
+            cache_salt=self.cache_salt,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Instruction: send a message to this instance of a worker."""
+
+    key: WorkerKey
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """Instruction: note that workers were chosen."""
+
+    request_id: int
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Deliver:
+    """Instruction: give a token to the client; `first` tells about its prefill where it came with one."""
+
+    request_id: int
+    row: TokenRow
+    first: FirstToken | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """Terminal instruction: the request is complete."""
+
+    request_id: int
+    reason: FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class Fail:
+    """Terminal instruction: the request cannot be completed."""
+
+    request_id: int
+    error: RequestFailed
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """Terminal instruction: the client is gone."""
+
+    request_id: int
+
+
+Terminal = Finish | Fail | Cancelled
+Instruction = Send | Placed | Deliver | Terminal
+
+
+class IdSource:
+    """Ids that no other router, and no earlier run of this one, is likely to use: 31 random bits, then a counter."""
+
+    def __init__(self, prefix: int | None = None) -> None:
+        self._prefix = (secrets.randbits(31) if prefix is None else prefix) << 32
+        self._counter = itertools.count(1)
+
+    def next(self) -> int:
+        """Return a fresh id below 2**63."""
+        return self._prefix | (next(self._counter) & 0xFFFFFFFF)

@@ -1,0 +1,306 @@
+"""HTTP for clients. Handlers are thin: parse, admit, open a session, write what it says.
+
+1. Refuse early: draining, not ready, too many unfinished requests. 2. Read and validate the body; long ones are
+tokenised in a thread, so that no prompt holds up another's stream. 3. Nothing is written before the first event: what
+fails until then is an ordinary HTTP error. 4. A client that leaves cancels its handler, and that aborts on the workers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import logging
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, Final, TypeVar
+
+from aiohttp import web
+
+from protocol.errors import NotReady, Overloaded, RequestFailed, RequestRejected
+from protocol.wire import Role
+from router.api import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, parse
+from router.config import RouterConfig
+from router.intake import Intake, Job
+from router.metrics import CONTENT_TYPE, Metrics
+from router.responses import ModelCard, body_of_error, encode_json, error_body
+from router.stream import AnswerShape, error_event
+from router.switchboard import OVERLOAD_RETRY_S, Session, Switchboard
+from router.text import Piece
+from router.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+LONG_BODY_BYTES: Final = 20_000
+BODY_BUDGET_S: Final = 60.0
+WRITE_BUDGET_S: Final = 60.0
+NUM_TEXT_THREADS: Final = 2
+MAX_REQUEST_ID_CHARS: Final = 128
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+Result = TypeVar("Result")
+
+
+class HttpServer:
+    """The public side of a router."""
+
+    def __init__(self, config: RouterConfig, tokenizer: Tokenizer, switchboard: Switchboard, metrics: Metrics) -> None:
+        self._config = config
+        self._tokenizer = tokenizer
+        self._switchboard = switchboard
+        self._metrics = metrics
+        self._intake = Intake(tokenizer, config.served_model_names)
+        self._threads = ThreadPoolExecutor(NUM_TEXT_THREADS, thread_name_prefix="text")
+        self._started_s = int(time.time())
+
+    def app(self) -> web.Application:
+        """Return the aiohttp application for clients."""
+        app = web.Application(middlewares=[errors_in_openai_shape], client_max_size=self._config.max_body_bytes)
+        app.on_response_prepare.append(_name_response)
+        post, get = app.router.add_post, app.router.add_get
+        post("/v1/chat/completions", self._chat)
+        post("/v1/completions", self._complete)
+        post("/tokenize", self._tokenize)
+        post("/detokenize", self._detokenize)
+        get("/v1/models", self._models)
+        get("/v1/models/{model:.+}", self._model)
+        get("/health", self._health)
+        get("/metrics", self._show_metrics)
+        get("/version", self._version)
+        get("/census", self._census)
+        return app
+
+    def close(self) -> None:
+        """Let the threads go."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    # --- generation ---
+
+    async def _chat(self, request: web.Request) -> web.StreamResponse:
+        return await self._generate(request, ChatRequest)
+
+    async def _complete(self, request: web.Request) -> web.StreamResponse:
+        return await self._generate(request, CompletionRequest)
+
+    async def _generate(
+        self, request: web.Request, kind: type[ChatRequest] | type[CompletionRequest]
+    ) -> web.StreamResponse:
+        arrived_s = time.monotonic()
+        max_model_len = self._switchboard.check_capacity()
+        body = await _read(request)
+        job, request_id = await self._off_loop(body, partial(self._admit, body, kind, max_model_len))
+        request["request_id"] = name = _request_id(request) or request_id or secrets.token_hex(12)
+        session = self._switchboard.open(job, arrived_s)
+        shape = AnswerShape(job, self._tokenizer, name)
+        try:
+            if job.is_stream:
+                return await self._stream(request, session, shape)
+            return await self._whole(session, shape)
+        finally:
+            session.close()
+
+    def _admit(
+        self, body: bytes, kind: type[ChatRequest] | type[CompletionRequest], max_model_len: int
+    ) -> tuple[Job, str | None]:
+        parsed: ChatRequest | CompletionRequest = parse(body, kind)
+        return self._intake.job(parsed, max_model_len), parsed.request_id
+
+    async def _whole(self, session: Session, shape: AnswerShape) -> web.StreamResponse:
+        choices = [Piece() for _ in session.job.choices]
+        while events := await session.events():
+            for index, piece in events:
+                choices[index].add(piece)
+        shape.num_cached_tokens = session.num_cached_tokens
+        return _json(shape.answer(choices))
+
+    async def _stream(self, request: web.Request, session: Session, shape: AnswerShape) -> web.StreamResponse:
+        events = await session.events()
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
+        await response.prepare(request)
+        try:
+            while events:
+                shape.num_cached_tokens = session.num_cached_tokens
+                data = b"".join(shape.chunk(index, piece) for index, piece in events)
+                if data:
+                    await _write(response, data)
+                events = await session.events()
+            await _write(response, shape.closing())
+        except RequestFailed as error:
+            log.warning("stream %s failed: %s", shape.answer_id, error)
+            response.force_close()
+            await _write(response, error_event(error))
+        except (ConnectionError, TimeoutError) as error:
+            log.debug("stream %s: client is gone: %s", shape.answer_id, error)
+            response.force_close()
+        return response
+
+    async def _off_loop(self, body: bytes, work: Callable[[], Result]) -> Result:
+        """Run work on text: here if it is short, in a thread if it is long."""
+        if len(body) <= LONG_BODY_BYTES:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    # --- text ---
+
+    async def _tokenize(self, request: web.Request) -> web.Response:
+        body, max_model_len = await _read(request), self._known_max_model_len()
+
+        def work() -> tuple[list[int], bool]:
+            parsed = parse(body, TokenizeRequest)
+            return self._intake.tokenize(parsed, max_model_len), bool(parsed.return_token_strs)
+
+        tokens, with_strings = await self._off_loop(body, work)
+        strings = [self._tokenizer.token_text(token_id) for token_id in tokens] if with_strings else None
+        found = {"count": len(tokens), "max_model_len": max_model_len, "tokens": tokens, "token_strs": strings}
+        return _json(encode_json(found))
+
+    async def _detokenize(self, request: web.Request) -> web.Response:
+        body = await _read(request)
+
+        def work() -> str:
+            parsed = parse(body, DetokenizeRequest)
+            self._intake.check_model(parsed.model)
+            return self._tokenizer.decode(self._intake.known_tokens(parsed.tokens), skip_special=False)
+
+        return _json(encode_json({"prompt": await self._off_loop(body, work)}))
+
+    def _known_max_model_len(self) -> int:
+        max_model_len = self._switchboard.max_model_len
+        if max_model_len is None:
+            raise NotReady("no worker has registered yet, so the context length is not known")
+        return max_model_len
+
+    # --- about the server ---
+
+    def _card(self, name: str) -> ModelCard:
+        root, max_model_len = self._config.served_model_names[0], self._switchboard.max_model_len
+        return ModelCard(id=name, created=self._started_s, root=root, max_model_len=max_model_len)
+
+    async def _models(self, _: web.Request) -> web.Response:
+        cards = [self._card(name) for name in self._config.served_model_names]
+        return _json(encode_json({"object": "list", "data": cards}))
+
+    async def _model(self, request: web.Request) -> web.Response:
+        name = request.match_info["model"]
+        self._intake.check_model(name)
+        return _json(encode_json(self._card(name)))
+
+    async def _health(self, _: web.Request) -> web.Response:
+        missing = self._switchboard.registry.missing()
+        if self._switchboard.is_draining:
+            missing.insert(0, "the server is shutting down")
+        status = "ok" if not missing else "unavailable"
+        return _json(encode_json({"status": status, "missing": missing}), 503 if missing else 200)
+
+    async def _show_metrics(self, _: web.Request) -> web.Response:
+        dispatch = self._switchboard.dispatch
+        body = self._metrics.render(self._switchboard.registry, dispatch.num_running, dispatch.num_waiting)
+        return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE})
+
+    async def _version(self, _: web.Request) -> web.Response:
+        return _json(encode_json({"version": importlib.metadata.version("baton-serve")}))
+
+    async def _census(self, _: web.Request) -> web.Response:
+        return _json(encode_json(census(self._switchboard)))
+
+
+def census(switchboard: Switchboard) -> dict[str, Any]:
+    """Return what every worker last reported, and what is unfinished here."""
+    now_s, workers = time.monotonic(), []
+    for worker in switchboard.registry:
+        stats, registration = worker.stats, worker.registration
+        blocks = {state: getattr(stats, f"blocks_{state}") for state in ("free", "cached", "leased", "total")}
+        counters = {name: getattr(stats, name) for name in stats.__struct_fields__ if not name.startswith("blocks_")}
+        workers.append(
+            {
+                "worker_id": registration.worker_id,
+                "instance": registration.instance,
+                "role": str(worker.role),
+                "pid": registration.pid,
+                "backend": registration.backend,
+                "max_model_len": registration.max_model_len,
+                "is_draining": worker.is_draining,
+                "heard_s_ago": round(now_s - worker.heard_s, 3),
+                "links": sorted(key.worker_id for key in worker.links) if worker.role is Role.DECODE else [],
+                "blocks": blocks,
+                **counters,
+            }
+        )
+    dispatch = switchboard.dispatch
+    requests = {"running": dispatch.num_running, "waiting": dispatch.num_waiting}
+    return {"workers": workers, "requests": requests, "missing": switchboard.registry.missing()}
+
+
+@web.middleware
+async def errors_in_openai_shape(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Answer every error as OpenAI would."""
+    request["request_id"] = _request_id(request)
+    try:
+        return await handler(request)
+    except (RequestRejected, RequestFailed) as error:
+        response = _json(encode_json(body_of_error(error)), error.status)
+        if isinstance(error, Overloaded | NotReady):
+            retry_s = error.retry_after_s if isinstance(error, Overloaded) else OVERLOAD_RETRY_S
+            response.headers["Retry-After"] = str(max(1, round(retry_s)))
+        return response
+    except web.HTTPException as error:
+        if error.status < 400:
+            raise
+        kind = "not_found_error" if error.status == 404 else "invalid_request_error"
+        return _json(encode_json(error_body(_in_words(request, error), kind, error.status)), error.status,
+                     {"Allow": error.headers["Allow"]} if "Allow" in error.headers else None)  # fmt: skip
+    except ConnectionError:
+        raise
+    except Exception:
+        log.exception("%s %s failed", request.method, request.path)
+        return _json(encode_json(error_body("internal error", "server_error", 500)), 500)
+
+
+def _in_words(request: web.Request, error: web.HTTPException) -> str:
+    if error.status == 404:
+        return f"there is nothing at {request.path[:200]}"
+    if error.status == 405:
+        return f"{request.method} is not allowed at {request.path[:200]}"
+    if error.status == 413:
+        return "the body is too large"
+    return error.text or error.reason
+
+
+async def _read(request: web.Request) -> bytes:
+    """Return the body.
+
+    Raises:
+        web.HTTPException: 413 too large, 415 not JSON, 408 not sent in time.
+    """
+    if "Content-Type" in request.headers and request.content_type != "application/json":
+        raise web.HTTPUnsupportedMediaType(text=f"send application/json, not {request.content_type[:100]}")
+    try:
+        async with asyncio.timeout(BODY_BUDGET_S):
+            return await request.read()
+    except TimeoutError as error:
+        raise web.HTTPRequestTimeout(text="the body was not sent in time") from error
+
+
+async def _write(response: web.StreamResponse, data: bytes) -> None:
+    """Write with backpressure; a client that does not read for WRITE_BUDGET_S counts as gone."""
+    async with asyncio.timeout(WRITE_BUDGET_S):
+        await response.write(data)
+
+
+def _json(body: bytes, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
+    return web.Response(body=body, status=status, headers={**(headers or {}), "Content-Type": "application/json"})
+
+
+def _request_id(request: web.Request) -> str | None:
+    """Return the client's id of a request, if it is fit for a header."""
+    given = request.headers.get("X-Request-ID", "")
+    is_fit = 0 < len(given) <= MAX_REQUEST_ID_CHARS and given.isascii() and given.isprintable()
+    return given if is_fit else None
+
+
+async def _name_response(request: web.Request, response: web.StreamResponse) -> None:
+    name = request.get("request_id")
+    if name and name.isascii() and name.isprintable():
+        response.headers["X-Request-ID"] = name

@@ -1,0 +1,214 @@
+"""Pieces of text in OpenAI's shapes: whole answers, and the chunks of a stream.
+
+first chunk of a choice   role (chat) together with its first text, never before it
+chunk                     the text of one token, as soon as it is decodable
+last chunk of a choice    finish_reason
+usage chunk               choices [] and usage, when asked for
+[DONE]
+(failure)                 one `error` event, then the connection closes
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from msgspec import UNSET
+
+from protocol.errors import RequestFailed
+from router.intake import Choice as JobChoice
+from router.intake import Job
+from router.responses import (
+    Answer,
+    AnswerMessage,
+    ChatLogprobs,
+    Choice,
+    CompletionLogprobs,
+    Delta,
+    Logprobs,
+    TokenLogprob,
+    TopLogprob,
+    Usage,
+    body_of_error,
+    encode_json,
+    usage_of,
+)
+from router.text import LoggedToken, Piece
+from router.tokenizer import Tokenizer
+
+DONE: Final = b"data: [DONE]\n\n"
+# JSON has no infinities; clients expect this number for a token that could not be.
+_LOWEST_LOGPROB: Final = -9999.0
+
+
+@dataclass(slots=True)
+class _Progress:
+    """What a choice has shown so far, and what waits for text to go with."""
+
+    pending: Piece = field(default_factory=Piece)
+    has_begun: bool = False
+    num_tokens: int = 0
+    num_logged_chars: int = 0
+
+
+class AnswerShape:
+    """Shapes everything that is said about one request of the API.
+
+    Args:
+        answer_id: the request's own id, or None to make one.
+    """
+
+    def __init__(self, job: Job, tokenizer: Tokenizer, answer_id: str | None = None) -> None:
+        self._job = job
+        self._tokenizer = tokenizer
+        prefix = "chatcmpl-" if job.is_chat else "cmpl-"
+        self.answer_id = prefix + (answer_id or secrets.token_hex(12))
+        self._created = int(time.time())
+        self._kind = "chat.completion" if job.is_chat else "text_completion"
+        self._progress = [_Progress() for _ in job.choices]
+        self.num_cached_tokens = 0
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens so far; a prompt counts once, however many choices it has."""
+        num_prompt_tokens = sum(len(prompt.token_ids) for prompt in self._job.prompts)
+        return usage_of(num_prompt_tokens, sum(p.num_tokens for p in self._progress), self.num_cached_tokens)
+
+    def chunk(self, index: int, piece: Piece) -> bytes:
+        """Return the event for a piece of a choice; empty while there is no text to show for it."""
+        progress = self._progress[index]
+        progress.num_tokens += len(piece.token_ids)
+        progress.pending.add(piece)
+        if not progress.pending.text and piece.finish_reason is None:
+            return b""
+        piece, progress.pending = progress.pending, Piece()
+        is_first, progress.has_begun = not progress.has_begun, True
+        choice = self._choice(index, piece, is_first, is_chunk=True)
+        usage = self.usage if self._job.has_running_usage else None
+        kind = "chat.completion.chunk" if self._job.is_chat else self._kind
+        has_prompt = is_first and self._job.is_chat and self._job.returns_token_ids
+        return event(
+            Answer(
+                id=self.answer_id,
+                object=kind,
+                created=self._created,
+                model=self._job.model,
+                choices=[choice],
+                usage=usage if self._job.has_usage else UNSET,
+                prompt_token_ids=self._job.prompts[0].token_ids if has_prompt else UNSET,
+            )
+        )
+
+    def closing(self) -> bytes:
+        """Return the last events of a stream: usage if asked for, and [DONE]."""
+        if not self._job.has_usage:
+            return DONE
+        kind = "chat.completion.chunk" if self._job.is_chat else self._kind
+        answer = Answer(
+            id=self.answer_id,
+            object=kind,
+            created=self._created,
+            model=self._job.model,
+            choices=[],
+            usage=self.usage,
+        )
+        return event(answer) + DONE
+
+    def answer(self, pieces: list[Piece]) -> bytes:
+        """Return the whole answer; `pieces` holds each choice whole."""
+        for progress, piece in zip(self._progress, pieces, strict=True):
+            progress.num_tokens = len(piece.token_ids)
+        has_prompt = self._job.is_chat and self._job.returns_token_ids
+        return encode_json(
+            Answer(
+                id=self.answer_id,
+                object=self._kind,
+                created=self._created,
+                model=self._job.model,
+                choices=[self._choice(i, piece, True, is_chunk=False) for i, piece in enumerate(pieces)],
+                usage=self.usage,
+                prompt_token_ids=self._job.prompts[0].token_ids if has_prompt else UNSET,
+            )
+        )
+
+    def _choice(self, index: int, piece: Piece, is_first: bool, is_chunk: bool) -> Choice:
+        job, choice = self._job, self._job.choices[index]
+        shown: dict[str, Any] = {}
+        if not job.is_chat:
+            shown["text"] = (choice.prompt.echo if is_first else "") + piece.text
+            if is_first and job.returns_token_ids:
+                shown["prompt_token_ids"] = choice.prompt.token_ids
+        elif is_chunk:
+            role = "assistant" if is_first else UNSET
+            shown["delta"] = Delta(role=role, content=piece.text if piece.text or is_first else UNSET)
+        else:
+            shown["message"] = AnswerMessage(content=piece.text)
+        return Choice(
+            index=index,
+            logprobs=self._logprobs(choice, piece),
+            finish_reason=piece.finish_reason,
+            stop_reason=piece.stop_reason,
+            token_ids=piece.token_ids if job.returns_token_ids else UNSET,
+            **shown,
+        )
+
+    # --- log probabilities ---
+
+    def _logprobs(self, choice: JobChoice, piece: Piece) -> Logprobs | None:
+        if choice.sampling.num_logprobs is None:
+            return None
+        num_top = choice.sampling.num_logprobs
+        if self._job.is_chat:
+            return ChatLogprobs(content=[self._chat_logprob(logged, num_top) for logged in piece.logged])
+        progress = self._progress[choice.index]
+        offsets, tokens = [], []
+        for logged in piece.logged:
+            text = self._tokenizer.token_text(logged.token_id)
+            offsets.append(len(choice.prompt.echo) + progress.num_logged_chars)
+            tokens.append(self._plain(logged.token_id))
+            progress.num_logged_chars += len(text)
+        return CompletionLogprobs(
+            text_offset=offsets,
+            token_logprobs=[_finite(logged.logprobs.logprob) for logged in piece.logged],
+            tokens=tokens,
+            top_logprobs=[self._top(logged, num_top) for logged in piece.logged],
+        )
+
+    def _chat_logprob(self, logged: LoggedToken, num_top: int) -> TokenLogprob:
+        top = [self._one(token_id, logprob) for token_id, logprob in logged.logprobs.top[:num_top]]
+        one = self._one(logged.token_id, logged.logprobs.logprob)
+        return TokenLogprob(token=one.token, logprob=one.logprob, bytes=one.bytes, top_logprobs=top)
+
+    def _one(self, token_id: int, logprob: float) -> TopLogprob:
+        data = self._tokenizer.token_bytes(token_id)
+        return TopLogprob(token=data.decode("utf-8", "replace"), logprob=_finite(logprob), bytes=list(data))
+
+    def _top(self, logged: LoggedToken, num_top: int) -> dict[str, float]:
+        found = {self._plain(token_id): _finite(value) for token_id, value in logged.logprobs.top[:num_top]}
+        found.setdefault(self._plain(logged.token_id), _finite(logged.logprobs.logprob))
+        return found
+
+    def _plain(self, token_id: int) -> str:
+        """Return a token as completions name it: parts of characters as `bytes:\\xe2`, so that they stay apart."""
+        data = self._tokenizer.token_bytes(token_id)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+def event(value: Any) -> bytes:
+    """Return one server-sent event."""
+    return b"data: " + encode_json(value) + b"\n\n"
+
+
+def error_event(error: RequestFailed) -> bytes:
+    """Return the event that ends a stream which has begun and cannot go on."""
+    return event(body_of_error(error))
+
+
+def _finite(value: float) -> float:
+    # Also true for NaN, which compares with nothing.
+    return value if value > _LOWEST_LOGPROB else _LOWEST_LOGPROB

@@ -1,0 +1,367 @@
+"""Carries out what dispatch decides, for workers on one side and open requests on the other.
+
+    worker ── message ──► Switchboard ── event ──► Dispatch
+       ▲                       │ ◄─ instructions ──┘
+       └──────── Send ─────────┤
+                               └── Deliver, terminal ──► ChoiceRun ── pieces ──► Session.events ──► HTTP
+
+1. A session is opened for an admitted job: each of its choices is submitted on its own.
+2. Tokens become text here, at once, so that a stop string aborts the workers before their next step.
+3. The first failure of a choice fails its session. Closing a session cancels whatever of it still runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable
+
+from protocol.channel import Channel
+from protocol.errors import NotReady, Overloaded, RequestFailed
+from protocol.request import TokenRow
+from protocol.timeline import Timeline
+from protocol.wire import (
+    Declined,
+    Dismissed,
+    FirstToken,
+    Heartbeat,
+    Links,
+    Members,
+    Preempted,
+    Pulse,
+    Register,
+    Role,
+    Tokens,
+    TransferFailed,
+    WorkerMessage,
+)
+from router.config import RouterConfig
+from router.dispatch import Dispatch
+from router.instructions import Cancelled, Deliver, Fail, Finish, IdSource, Instruction, Placed, Send, Submission
+from router.intake import Choice, Job
+from router.members import Refusal, Registry, Worker, WorkerKey
+from router.metrics import Metrics
+from router.text import ChoiceText, Piece
+from router.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+OVERLOAD_RETRY_S = 1.0
+
+
+class ChoiceRun:
+    """One choice while it is generated."""
+
+    def __init__(self, session: Session, choice: Choice, text: ChoiceText, arrived_s: float) -> None:
+        self.session = session
+        self.choice = choice
+        self.text = text
+        self.timeline = Timeline(arrived_s)
+        self.piece: Piece | None = None
+
+
+class Session:
+    """One open request of the API. Its events are pieces (choice index, piece), or the error that ends it."""
+
+    def __init__(self, job: Job, close: Callable[[Session], None]) -> None:
+        self.job = job
+        self.request_ids: list[int] = []
+        self.num_unfinished = len(job.choices)
+        self.num_cached_tokens = 0
+        self._close = close
+        self._events: deque[tuple[int, Piece] | RequestFailed] = deque()
+        self._has_events = asyncio.Event()
+        self._seen_prompts: set[int] = set()
+
+    async def events(self) -> list[tuple[int, Piece]]:
+        """Return what has happened since the last call, at least one event; empty when every choice is finished.
+
+        Cancel-safe.
+
+        Raises:
+            RequestFailed: the request cannot be completed.
+        """
+        while not self._events:
+            if self.num_unfinished == 0:
+                return []
+            self._has_events.clear()
+            await self._has_events.wait()
+        found: list[tuple[int, Piece]] = []
+        while self._events:
+            event = self._events.popleft()
+            if isinstance(event, RequestFailed):
+                if found:
+                    self._events.appendleft(event)
+                    return found
+                raise event
+            found.append(event)
+        return found
+
+    def put(self, event: tuple[int, Piece] | RequestFailed) -> None:
+        """Append an event."""
+        self._events.append(event)
+        self._has_events.set()
+
+    def end_choice(self) -> None:
+        """Note that one more choice is finished."""
+        self.num_unfinished -= 1
+        self._has_events.set()
+
+    def note_prefill(self, choice: Choice, num_cached_tokens: int) -> None:
+        """Count the cached tokens of a prompt once, by the first of its choices that was prefilled."""
+        if id(choice.prompt) not in self._seen_prompts:
+            self._seen_prompts.add(id(choice.prompt))
+            self.num_cached_tokens += num_cached_tokens
+
+    def close(self) -> None:
+        """Cancel what still runs; idempotent."""
+        self._close(self)
+
+
+class Switchboard:
+    """All state of a running router that changes with traffic. Used on one event loop.
+
+    Args:
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self, config: RouterConfig, tokenizer: Tokenizer, metrics: Metrics, clock: Callable[[], float]
+    ) -> None:
+        self.registry = Registry(config.lease_ttl_s, config.stall_s)
+        self.is_draining = False
+        self._config = config
+        self._tokenizer = tokenizer
+        self._metrics = metrics
+        self._clock = clock
+        self._ids = IdSource()
+        self.dispatch = Dispatch(self.registry, config.max_placements, config.placement_wait_s, self._ids)
+        self._runs: dict[int, ChoiceRun] = {}
+        self._channels: dict[WorkerKey, Channel] = {}
+        self.idle = asyncio.Event()
+        self.idle.set()
+
+    # --- for clients ---
+
+    @property
+    def max_model_len(self) -> int | None:
+        """Prompt plus output tokens that fit; None until the first worker has registered."""
+        limits = [n for n in (self._config.max_model_len, self.registry.max_model_len) if n is not None]
+        return min(limits) if self.registry.max_model_len is not None else None
+
+    @property
+    def num_requests(self) -> int:
+        """Unfinished choices."""
+        return len(self._runs)
+
+    def check_capacity(self, num_choices: int = 1) -> int:
+        """Return the context length, or refuse before any work is done.
+
+        Raises:
+            NotReady: draining, or no worker has registered yet.
+            Overloaded: too many unfinished requests.
+        """
+        if self.is_draining:
+            raise NotReady("the server is shutting down")
+        max_model_len = self.max_model_len
+        if max_model_len is None:
+            raise NotReady("no worker has registered yet: " + ", ".join(self.registry.missing()))
+        if len(self._runs) + num_choices > self._config.max_num_requests:
+            self._metrics.shed()
+            raise Overloaded(
+                f"{len(self._runs)} requests are unfinished, the limit is {self._config.max_num_requests}",
+                OVERLOAD_RETRY_S,
+            )
+        return max_model_len
+
+    def open(self, job: Job, arrived_s: float) -> Session:
+        """Submit every choice of a job; the caller must close the session. Raises as `check_capacity` does."""
+        self.check_capacity(len(job.choices))
+        session = Session(job, self._close)
+        now_s = self._clock()
+        self.idle.clear()
+        for choice in job.choices:
+            request_id = self._ids.next()
+            session.request_ids.append(request_id)
+            self._runs[request_id] = ChoiceRun(session, choice, ChoiceText(self._tokenizer, job.text), arrived_s)
+            num_tokens = len(choice.prompt.token_ids)
+            due_s = arrived_s + self._config.ttft_slo_s + num_tokens * self._config.ttft_slo_per_token_s
+            submission = Submission(request_id, choice.prompt.token_ids, choice.sampling, due_s, job.cache_salt)
+            self._metrics.accepted(num_tokens)
+            self._run(self.dispatch.submit(submission, now_s))
+        return session
+
+    def _close(self, session: Session) -> None:
+        for request_id in session.request_ids:
+            if request_id in self._runs:
+                self._run(self.dispatch.cancel(request_id, self._clock()))
+
+    # --- for workers ---
+
+    def register(self, registration: Register, channel: Channel) -> Worker | Refusal:
+        """Take a worker in, or say why not."""
+        now_s = self._clock()
+        key = WorkerKey(registration.worker_id, registration.instance)
+        # The same instance on a new connection: what its old one held is given up on both sides.
+        self.lose(key, "it connected again")
+        result = self.registry.register(registration, now_s)
+        if isinstance(result, Worker):
+            self._channels[key] = channel
+            self._metrics.worker_came(result)
+            log.info("%s worker %s registered (%s)", result.role, registration.worker_id, registration.backend)
+        return result
+
+    def welcomed(self, worker: Worker) -> None:
+        """Tell decode workers about prefill workers, once the new worker has its Welcome."""
+        if worker.role is Role.DECODE:
+            self._channels[worker.key].post(Members(peers=self.registry.addresses))
+        else:
+            self._announce_members()
+        self._run(self.dispatch.tick(self._clock()))
+
+    def take(self, key: WorkerKey, message: WorkerMessage) -> None:
+        """Take one message of a registered worker; those of instances that are gone count for nothing."""
+        now_s = self._clock()
+        if self.registry.find(key) is None:
+            return
+        match message:
+            case Tokens():
+                self._run(self.dispatch.tokens(key, message.rows, now_s))
+            case FirstToken():
+                self._run(self.dispatch.first_token(key, message, now_s))
+            case Heartbeat():
+                self._heartbeat(key, message, now_s)
+            case Declined():
+                log.debug("%s declined: %s", key.worker_id, message.reason)
+                self._run(self.dispatch.declined(key, message, now_s))
+            case Preempted():
+                self._run(self.dispatch.preempted(key, message, now_s))
+            case TransferFailed():
+                log.warning("transfer failed, says %s: %s", key.worker_id, message.reason)
+                self._run(self.dispatch.transfer_failed(key, message, now_s))
+            case Links():
+                self.registry.set_links(key, message.peers)
+                self._run(self.dispatch.tick(now_s))
+            case Register():
+                self.lose(key, "it registered twice")
+
+    def lose(self, key: WorkerKey, reason: str) -> None:
+        """Give up an instance of a worker: its connection is cut, what it held is placed again. Idempotent."""
+        channel = self._channels.pop(key, None)
+        worker = self.registry.remove(key)
+        if worker is None:
+            return
+        level = logging.INFO if self.is_draining or worker.is_draining else logging.WARNING
+        log.log(level, "%s worker %s is gone: %s", worker.role, key.worker_id, reason)
+        if channel is not None:
+            channel.abort(reason)
+        self._metrics.worker_went(worker)
+        self._run(self.dispatch.worker_lost(key, self._clock()))
+        if worker.role is Role.PREFILL:
+            self._announce_members()
+
+    def owns(self, key: WorkerKey, channel: Channel) -> bool:
+        """Whether this connection is the present one of that instance."""
+        return self._channels.get(key) is channel
+
+    def pulse(self) -> None:
+        """Renew our leases on every worker."""
+        for channel in self._channels.values():
+            channel.post(Pulse())
+
+    def tick(self) -> None:
+        """Drop overdue workers, place what waits, give up on what waited too long."""
+        now_s = self._clock()
+        for key, reason, is_hopeless in self.registry.overdue(now_s):
+            channel = self._channels.get(key)
+            if is_hopeless and channel is not None:
+                # Its event loop lives although its compute thread hangs: it can still end its process.
+                channel.post(Dismissed(reason=reason, is_final=True))
+                self._channels.pop(key)
+            self.lose(key, reason)
+        self._run(self.dispatch.tick(now_s))
+
+    def abandon(self) -> None:
+        """Fail whatever is unfinished: the router ends."""
+        for session in {run.session for run in self._runs.values()}:
+            session.put(NotReady("the server is shutting down"))
+            session.close()
+
+    async def close(self) -> None:
+        """Send what is queued and end every conversation with a worker."""
+        channels, self._channels = list(self._channels.values()), {}
+        await asyncio.gather(*(channel.close() for channel in channels))
+
+    def _heartbeat(self, key: WorkerKey, message: Heartbeat, now_s: float) -> None:
+        worker = self.registry.find(key)
+        assert worker is not None
+        was_draining = worker.is_draining
+        self.registry.heartbeat(key, message, now_s)
+        self.dispatch.loads.heartbeat(worker)
+        self._metrics.heartbeat(worker, self._transport_of(worker))
+        if worker.is_draining != was_draining:
+            log.info("worker %s is draining", key.worker_id)
+        if self.dispatch.num_waiting:
+            self._run(self.dispatch.tick(now_s))
+
+    def _transport_of(self, worker: Worker) -> str | None:
+        """Return how KV reaches a decode worker: as the prefill workers it is linked with say."""
+        for key in sorted(worker.links, key=lambda k: k.worker_id):
+            peer = self.registry.find(key)
+            if peer is not None and peer.registration.address is not None:
+                return peer.registration.address.transport
+        return None
+
+    def _announce_members(self) -> None:
+        message = Members(peers=self.registry.addresses)
+        for worker in self.registry.decodes:
+            if channel := self._channels.get(worker.key):
+                channel.post(message)
+
+    # --- carrying out ---
+
+    def _run(self, instructions: list[Instruction]) -> None:
+        todo = deque(instructions)
+        while todo:
+            match todo.popleft():
+                case Send(key, message):
+                    if channel := self._channels.get(key):
+                        channel.post(message)
+                case Deliver(request_id, row, first):
+                    todo.extend(self._deliver(request_id, row, first))
+                case Placed(request_id, _):
+                    if run := self._runs.get(request_id):
+                        run.timeline.placed(self._clock())
+                case Finish(request_id, reason):
+                    run = self._runs.pop(request_id)
+                    run.timeline.finished(self._clock())
+                    finished = run.piece.finish_reason if run.piece else None
+                    self._metrics.finished(run.timeline, finished or reason)
+                    run.session.end_choice()
+                case Fail(request_id, error):
+                    run = self._runs.pop(request_id)
+                    self._metrics.failed("not_ready" if isinstance(error, NotReady) else "placements")
+                    run.session.put(error)
+                case Cancelled(request_id):
+                    self._runs.pop(request_id)
+                    self._metrics.cancelled()
+        if not self._runs:
+            self.idle.set()
+
+    def _deliver(self, request_id: int, row: TokenRow, first: FirstToken | None) -> list[Instruction]:
+        """Give a token to its choice; returns the end of the request where a stop string is complete."""
+        run = self._runs.get(request_id)
+        if run is None or run.text.is_over:
+            return []
+        now_s = self._clock()
+        gap_s = run.timeline.token(now_s)
+        self._metrics.token(run.timeline, gap_s)
+        if first is not None:
+            self._metrics.prefilled(run.timeline, first)
+            run.session.note_prefill(run.choice, first.num_cached_tokens)
+        run.piece = run.text.feed(row)
+        run.session.put((run.choice.index, run.piece))
+        if run.piece.finish_reason is not None and row.finish_reason is None:
+            return self.dispatch.stop(request_id, now_s)
+        return []
