@@ -1,0 +1,163 @@
+"""The `baton` command.
+
+1. Parse: one sub-command per role, its options from the table in `baton/options.py`, in groups.
+2. Merge the sources, compose the role's config, find its model; anything wrong is one line and exit code 2.
+3. Import the role's module, only now, so that the router starts without torch, and run it until it ends.
+
+Exit codes: 0 drained, 1 failed, 2 a configuration, model or secret that cannot be used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import traceback
+from collections.abc import Coroutine, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from baton import config
+from baton.options import Option, options_of
+from baton.settings import Settings, merge
+from model.errors import ModelError
+from protocol.errors import BatonError, ConfigError
+
+# Without `help` argparse lists no command: serve starts colocated workers itself.
+UNLISTED = {"colocated"}
+SUMMARIES = {
+    "serve": "run router, prefill and decode on this machine",
+    "router": "run one router: HTTP for clients, a control port for workers",
+    "prefill": "run one prefill worker",
+    "decode": "run one decode worker",
+    "colocated": "run one worker that prefills and decodes",
+}
+DISTRIBUTION = "baton-serve"
+_MODEL_HELP = (
+    "directory of safetensors, .gguf file, hub id ORG/NAME[@REVISION], dummy:CONFIG for random weights, "
+    "or smollm2 (SmolLM2-135M-Instruct out of the package index)"
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit code of the process."""
+    parsed = vars(build_parser().parse_args(arguments))
+    role = parsed.pop("role")
+    file = parsed.pop("config", None) or config.environment().get("BATON_CONFIG")
+    shows_traceback = parsed.get("log_level") == "debug"
+    try:
+        settings = merge(role, parsed, config.environment(), None if file is None else Path(file))
+        shows_traceback = settings["log_level"] == "debug"
+        return _run(settings)
+    except (BatonError, ModelError) as error:
+        if shows_traceback:
+            traceback.print_exc()
+        print(f"baton {role}: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError | ModelError) else 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of every command from the table of options."""
+    parser = argparse.ArgumentParser(
+        prog="baton",
+        description="Serve language models with prefill and decode on different workers.",
+        epilog="`baton COMMAND --help` lists the options of a command.",
+    )
+    parser.add_argument("--version", action="version", version=f"baton {_version()}")
+    commands = parser.add_subparsers(dest="role", metavar="COMMAND", required=True)
+    for role, summary in SUMMARIES.items():
+        listed: dict[str, Any] = {} if role in UNLISTED else {"help": summary}
+        command = commands.add_parser(
+            role,
+            **listed,
+            usage=f"baton {role} MODEL [options]",
+            description=f"{summary[0].upper()}{summary[1:]}.",
+            epilog="Every option may also come from its BATON_ variable or from the file given with --config; "
+            "the command line wins over the environment, and that over the file.",
+            argument_default=argparse.SUPPRESS,
+            allow_abbrev=False,
+        )
+        command.add_argument("model", metavar="MODEL", nargs="?", help=_MODEL_HELP)
+        command.add_argument("--config", metavar="FILE", help="YAML file of options (BATON_CONFIG)")
+        _add_options(command, role)
+    return parser
+
+
+def _add_options(command: argparse.ArgumentParser, role: str) -> None:
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for option in options_of(role):
+        group = groups.setdefault(option.group, command.add_argument_group(option.group))
+        group.add_argument(
+            f"--{option.name}",
+            dest=option.key,
+            metavar=option.unit.upper() or "VALUE",
+            action="append" if option.is_list else "store",
+            help=argparse.SUPPRESS if option.is_hidden else describe(option).replace("%", "%%"),
+        )
+
+
+def describe(option: Option) -> str:
+    """Give an option's help with its choices and default."""
+    choices = f" One of {', '.join(option.choices)}." if option.choices else ""
+    return f"{option.help}{choices} [{describe_default(option)}]"
+
+
+def describe_default(option: Option) -> str:
+    """Give an option's default in words, with its unit."""
+    if option.default_text:
+        return option.default_text
+    value = option.default_value()
+    shown = ", ".join(value) if isinstance(value, tuple) else f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{shown} {option.unit}".strip() if value != 1 else shown
+
+
+def _version() -> str:
+    try:
+        return version(DISTRIBUTION)
+    except PackageNotFoundError:
+        return "of a checkout that is not installed"
+
+
+def _run(settings: Settings) -> int:
+    logging.basicConfig(
+        level=settings["log_level"].upper(),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stderr,
+    )
+    if settings.role == "serve":
+        from baton.launch import serve
+
+        return serve(config.serve_config(settings))
+    import uvloop
+
+    code: int = uvloop.run(_role(settings))
+    return code
+
+
+def _role(settings: Settings) -> Coroutine[Any, Any, int]:
+    """Import a role and give the coroutine that runs it until it has drained."""
+    model = config.resolve_model(settings, _say)
+    if settings.role == "router":
+        from router.app import run as run_router
+
+        return run_router(config.router_config(settings, model))
+    if settings.role == "prefill":
+        from prefill.worker import run as run_prefill
+
+        return run_prefill(config.prefill_config(settings, model))
+    if settings.role == "decode":
+        from decode.worker import run as run_decode
+
+        return run_decode(config.decode_config(settings, model))
+    from baton.colocated import ColocatedConfig
+    from baton.colocated import run as run_colocated
+
+    return run_colocated(ColocatedConfig(*config.colocated_configs(settings, model)))
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

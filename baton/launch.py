@@ -1,0 +1,273 @@
+"""What `baton serve` does: one machine, one router, its workers, under one supervisor.
+
+1. Bind both listening sockets, so that a busy port is told before anything is fetched or started.
+2. Find the model once; the children get its path.
+3. Make a private run folder with the cluster secret, unless a secret file was given.
+4. Start the children. The router inherits the sockets, which stay open here: clients that connect while it is being
+   restarted wait in the queue instead of being refused.
+5. Ask the router's /health until a pair of workers is ready, then say where and how to use it.
+6. On SIGTERM or SIGINT: the router ends its streams first, then the workers end; a second signal, or the budget
+   running out, kills what is left. The folder is removed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import json
+import secrets
+import shlex
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from baton.config import ResolvedModel, ServeConfig, child_environment, resolve_model
+from baton.cores import WorkerCores
+from baton.options import options_of
+from baton.settings import Settings
+from baton.startup import Startup, new_startup
+from baton.supervisor import ChildSpec, Supervisor
+from protocol.errors import ConfigError
+
+BACKLOG = 1024
+SECRET_BYTES = 32
+HEALTH_EVERY_S = 0.1
+HEALTH_BUDGET_S = 2.0
+KILL_GRACE_S = 2.0
+ROUTER_STAGE = 0
+WORKER_STAGE = 1
+ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+
+
+@dataclass(frozen=True, slots=True)
+class Sockets:
+    """The two listening sockets of the router."""
+
+    http: socket.socket
+    control: socket.socket
+
+    def listen(self) -> None:
+        """Let connections queue up."""
+        self.http.listen(BACKLOG)
+        self.control.listen(BACKLOG)
+
+    def close(self) -> None:
+        """Close both."""
+        self.http.close()
+        self.control.close()
+
+
+def serve(config: ServeConfig) -> int:
+    """Run everything on this machine until a signal ends it; return the exit code.
+
+    Raises ConfigError (busy port), ModelError, or ChildrenFailed.
+    """
+    sockets = bind(config.settings)
+    with contextlib.closing(sockets):
+        model = resolve_model(config.settings, lambda line: print(line, file=sys.stderr, flush=True))
+        with secret_file(config.settings) as secret_path:
+            specs = child_specs(config, model, sockets, secret_path)
+            return asyncio.run(supervise(config, specs, sockets, served_names(config.settings, model)[0]))
+
+
+def bind(settings: Settings) -> Sockets:
+    """Bind the sockets without listening yet. Raises ConfigError when a port is taken or an address is not ours."""
+    http = _bind_one("port", settings["host"], settings["port"])
+    try:
+        port = settings["control_port"] if "control_port" in settings.given else 0
+        return Sockets(http, _bind_one("control-port", settings["control_host"], port))
+    except ConfigError:
+        http.close()
+        raise
+
+
+def _bind_one(option: str, host: str, port: int) -> socket.socket:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise ConfigError(f"{host!r} is no address of this machine: {error.strerror or error}") from None
+    found = socket.socket(family, kind, protocol)
+    try:
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind(address)
+    except OSError as error:
+        found.close()
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(f"{option}: {host}:{port} is in use; choose another with --{option}") from None
+        raise ConfigError(f"{option}: cannot listen on {host}:{port}: {error.strerror or error}") from None
+    return found
+
+
+@contextlib.contextmanager
+def secret_file(settings: Settings) -> Iterator[str]:
+    """Give the path of the cluster secret: the user's file, or a fresh one in a private folder removed at the end."""
+    if settings["secret_file"] is not None:
+        yield settings["secret_file"]
+        return
+    with tempfile.TemporaryDirectory(prefix="baton-") as folder:  # made with mode 0700
+        path = Path(folder) / "secret"
+        path.touch(mode=0o600)
+        path.write_text(secrets.token_bytes(SECRET_BYTES).hex())
+        yield str(path)
+
+
+def child_specs(config: ServeConfig, model: ResolvedModel, sockets: Sockets, secret_path: str) -> tuple[ChildSpec, ...]:
+    """Describe every child: the router and the workers, each with the options that were given and apply to it."""
+    settings = config.settings
+    fds = (sockets.http.fileno(), sockets.control.fileno())
+    shared: dict[str, Any] = {"secret_file": secret_path}
+    names = served_names(settings, model)
+    router = shared | {"served_model_name": names, "http_fd": fds[0], "control_fd": fds[1]}
+    specs = [ChildSpec("router", child_command(settings, "router", model, router), ROUTER_STAGE, fds)]
+    host, port = sockets.control.getsockname()[:2]
+    shared |= {"router_url": (_url(host, port),)}
+    if config.cores is None:
+        overrides = shared | {"worker_id": "colocated-0"}
+        command = child_command(settings, "colocated", model, overrides)
+        return (*specs, ChildSpec("colocated-0", command, WORKER_STAGE))
+    for role, plan in (("prefill", config.cores.prefill), ("decode", config.cores.decode)):
+        for index, share in enumerate(plan):
+            overrides = shared | {"worker_id": f"{role}-{index}"} | _core_options(share)
+            command = child_command(settings, role, model, overrides)
+            specs.append(ChildSpec(f"{role}-{index}", command, WORKER_STAGE))
+    return tuple(specs)
+
+
+def served_names(settings: Settings, model: ResolvedModel) -> tuple[str, ...]:
+    """Give the names that clients may ask for, the reported one first."""
+    names: tuple[str, ...] = settings["served_model_name"] or (model.name,)
+    return names
+
+
+def _core_options(share: WorkerCores) -> dict[str, Any]:
+    return {"threads": share.num_threads} | ({"cores": share.cores} if share.cores else {})
+
+
+def child_command(settings: Settings, role: str, model: ResolvedModel, overrides: Mapping[str, Any]) -> tuple[str, ...]:
+    """Write the command line of one child: what the user gave as far as the role takes it, and the overrides."""
+    # -P keeps the working folder off the import path: a folder called `model` there must not stand in for ours.
+    command = [sys.executable, "-P", "-m", "baton", role, model.reference]
+    for option in options_of(role):
+        if option.key in overrides:
+            value = overrides[option.key]
+        elif option.key in settings.given:
+            value = settings[option.key]
+        else:
+            continue
+        if option.is_list:
+            command += [f"--{option.name}={item}" for item in value]
+        else:
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            command.append(f"--{option.name}={text}")
+    return tuple(command)
+
+
+async def supervise(config: ServeConfig, specs: tuple[ChildSpec, ...], sockets: Sockets, served_name: str) -> int:
+    """Run the children until a signal; see this module's life cycle from step 4."""
+    stop, hurry = asyncio.Event(), asyncio.Event()
+    _listen_for_signals(stop, hurry)
+    startup = new_startup([spec.name for spec in specs])
+    started_s = time.monotonic()
+    sockets.listen()
+    supervisor = Supervisor(specs, startup.on_line, child_environment())
+    supervisor.start()
+    try:
+        url = _reachable_url(sockets.http)
+        if await _until_ready(supervisor, startup, url, stop):
+            supervisor.mark_ready()
+            elapsed_s = time.monotonic() - started_s
+            _announce(served_name, supervisor.pids(), await _backends(url), url, elapsed_s)
+            await stop.wait()
+    finally:
+        # When the start failed there is nothing to wait for: what still runs is only told to end.
+        budget_s = config.drain_s + KILL_GRACE_S if stop.is_set() else KILL_GRACE_S
+        if stop.is_set():
+            print(f"ending: running requests have {config.drain_s:g} s", file=sys.stderr, flush=True)
+        if not await supervisor.drain(budget_s, hurry):
+            print("ended by force: not everything had finished", file=sys.stderr, flush=True)
+    return 0
+
+
+def _listen_for_signals(stop: asyncio.Event, hurry: asyncio.Event) -> None:
+    """Let the first signal set `stop` and any further one `hurry`."""
+
+    def on_signal() -> None:
+        (hurry if stop.is_set() else stop).set()
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        asyncio.get_running_loop().add_signal_handler(number, on_signal)
+
+
+async def _until_ready(supervisor: Supervisor, startup: Startup, url: str, stop: asyncio.Event) -> bool:
+    """Wait for a ready pair of workers; False when a signal came first. Raises ChildrenFailed."""
+    waits = {
+        asyncio.create_task(_healthy(url)),
+        asyncio.create_task(stop.wait()),
+        asyncio.create_task(supervisor.failed()),
+    }
+    with startup:
+        try:
+            done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in waits:
+                task.cancel()
+            await asyncio.gather(*waits, return_exceptions=True)
+    return not stop.is_set()
+
+
+async def _healthy(url: str) -> None:
+    """Return once the router answers /health with 200."""
+    budget = aiohttp.ClientTimeout(total=HEALTH_BUDGET_S)
+    async with aiohttp.ClientSession(timeout=budget) as session:
+        while True:
+            with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+                async with session.get(f"{url}/health") as response:
+                    if response.status == 200:
+                        return
+            await asyncio.sleep(HEALTH_EVERY_S)
+
+
+async def _backends(url: str) -> list[str]:
+    """Ask the router which kernels its workers run, one line per kind; empty when it does not tell in time."""
+    budget = aiohttp.ClientTimeout(total=HEALTH_BUDGET_S)
+    async with aiohttp.ClientSession(timeout=budget) as session:
+        try:
+            async with session.get(f"{url}/census") as response:
+                workers = (await response.json())["workers"]
+        except (aiohttp.ClientError, TimeoutError, ValueError, KeyError):
+            return []
+    return sorted({str(worker["backend"]) for worker in workers if worker.get("backend")})
+
+
+def _announce(
+    served_name: str, pids: Mapping[str, int | None], backends: Sequence[str], url: str, elapsed_s: float
+) -> None:
+    """Say on standard output that it is ready, who runs, on what, and a line to try."""
+    lines = [f"Baton is ready after {elapsed_s:.1f} s: {url} serves {served_name}"]
+    lines += [f"  {name:<12} pid {pid}" for name, pid in pids.items()]
+    lines += [f"  {backend}" for backend in backends]
+    messages = [{"role": "user", "content": "Why is the sky blue?"}]
+    body = json.dumps({"model": served_name, "stream": True, "temperature": 0.2, "messages": messages})
+    lines.append(f"try: curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}")
+    print("\n".join(lines), flush=True)
+
+
+def _reachable_url(listening: socket.socket) -> str:
+    """Give the URL of our own listening socket as seen from this machine."""
+    host, port = listening.getsockname()[:2]
+    return _url(ANY_ADDRESS.get(host, host), port)
+
+
+def _url(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -1,0 +1,383 @@
+"""The one table of options: what the command line, the environment, the configuration file and the docs know.
+
+1. Each option names the roles that take it and the fields of the folders' config dataclasses that it fills.
+2. Its default is read from the first such field, so that no default is written down twice.
+3. `baton/settings.py` merges the sources, `baton/config.py` fills the dataclasses, which check their own bounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields
+from typing import Any
+
+from baton.values import core_set, number, text, whole
+from decode.config import DecodeConfig
+from engine.config import EngineConfig, ServiceConfig
+from kvtransfer.config import TransferConfig
+from prefill.config import PrefillConfig
+from protocol.errors import ConfigError
+from router.config import RouterConfig
+
+SERVE = frozenset({"serve"})
+ROUTER = frozenset({"router"})
+PREFILL = frozenset({"prefill"})
+DECODE = frozenset({"decode"})
+COLOCATED = frozenset({"colocated"})
+WORKERS = PREFILL | DECODE | COLOCATED
+ROLES = ("serve", "router", "prefill", "decode", "colocated")
+
+MODES = ("disaggregated", "colocated")
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """One option.
+
+    Attributes:
+        name: as on the command line, without the two dashes; `_` for `-` in files, BATON_ and upper case in variables.
+        group: heading in the help.
+        roles: the commands that take it.
+        parse: makes a value out of text, or out of what YAML gave; raises ValueError.
+        help: one sentence.
+        unit: of the value; empty where there is none.
+        fills: (config dataclass, field) pairs that receive the value.
+        default: where no dataclass has one.
+        default_text: what the help says where the default depends on the machine or the command.
+        choices: the values allowed, or empty.
+        bounds: smallest and largest value allowed; None leaves that side open or to the dataclass.
+        is_list: may be repeated; in a variable the values are separated by commas.
+        is_hidden: for the supervisor's own use; absent from help, docs, environment and file.
+    """
+
+    name: str
+    group: str
+    roles: frozenset[str]
+    parse: Callable[[object], Any]
+    help: str
+    unit: str = ""
+    fills: tuple[tuple[type, str], ...] = ()
+    default: Any = None
+    default_text: str = ""
+    choices: tuple[str, ...] = ()
+    bounds: tuple[float | None, float | None] = (None, None)
+    is_list: bool = False
+    is_hidden: bool = False
+
+    @property
+    def key(self) -> str:
+        """Give the name as files and Python spell it."""
+        return self.name.replace("-", "_")
+
+    @property
+    def variable(self) -> str:
+        """Give the environment variable that sets it."""
+        return "BATON_CACHE" if self.name == "cache-dir" else f"BATON_{self.key.upper()}"
+
+    def default_value(self) -> Any:
+        """Give the default: that of the first field it fills, else its own."""
+        for owner, name in self.fills:
+            for field in fields(owner):
+                if field.name == name and field.default is not MISSING:
+                    return field.default
+        return self.default
+
+    def read(self, value: object, source: str) -> Any:
+        """Turn what a source gave into a checked value; raise ConfigError that names source and reason."""
+        try:
+            if self.is_list:
+                items = value if isinstance(value, list | tuple) else [value]
+                if not items:
+                    raise ValueError("expected at least one value")
+                return tuple(self._read_one(item) for item in items)
+            return self._read_one(value)
+        except ValueError as error:
+            hint = ""
+            if isinstance(value, str) and value.startswith("tcp://") and source == self.variable:
+                hint = " (Kubernetes sets this for a service called baton: set enableServiceLinks: false)"
+            raise ConfigError(f"{source}: {error}{hint}") from None
+
+    def _read_one(self, value: object) -> Any:
+        parsed = self.parse(value)
+        if self.choices and parsed not in self.choices:
+            raise ValueError(f"expected one of {', '.join(self.choices)}; got {parsed!r}")
+        low, high = self.bounds
+        if low is not None and parsed < low:
+            raise ValueError(f"must be at least {low:g}, got {parsed}")
+        if high is not None and parsed > high:
+            raise ValueError(f"must be at most {high:g}, got {parsed}")
+        return parsed
+
+
+def _served_model() -> tuple[Option, ...]:
+    group, cpu_roles = "model", SERVE | WORKERS
+    everyone = cpu_roles | ROUTER
+    return (
+        Option(
+            name="served-model-name", group=group, roles=SERVE | ROUTER, parse=text, is_list=True,
+            default_text="MODEL as given; of a path, its last part",
+            help="Name that clients ask for; may be repeated, the first is reported.",
+        ),
+        Option(
+            name="max-model-len", group=group, roles=everyone, parse=whole, unit="tokens", bounds=(1, None),
+            fills=((EngineConfig, "max_model_len"), (RouterConfig, "max_model_len")),
+            default_text="what model and KV pool allow", help="Longest prompt plus output.",
+        ),
+        Option(
+            name="dtype", group=group, roles=cpu_roles, parse=text, fills=((EngineConfig, "dtype"),),
+            help="Type of weights, activations and KV; auto is float32 on a CPU and bfloat16 on a GPU.",
+        ),
+        Option(
+            name="device", group=group, roles=cpu_roles, parse=text, fills=((EngineConfig, "device"),),
+            help="cpu, cuda, or auto: a GPU where torch sees one.",
+        ),
+        Option(
+            name="chat-template", group=group, roles=SERVE | ROUTER, parse=text, unit="path",
+            default_text="the model's own", help="File with a Jinja chat template.",
+        ),
+        Option(
+            name="dummy-seed", group=group, roles=cpu_roles, parse=whole, fills=((EngineConfig, "dummy_seed"),),
+            help="Seed of the random weights of a dummy: model.",
+        ),
+        Option(
+            name="cache-dir", group=group, roles=everyone, parse=text, unit="path",
+            default_text="~/.cache/baton", help="Where fetched models are kept.",
+        ),
+    )  # fmt: skip
+
+
+def _processes() -> tuple[Option, ...]:
+    group = "processes"
+    return (
+        Option(
+            name="mode", group=group, roles=SERVE, parse=text, default="disaggregated", choices=MODES,
+            help="Prefill and decode in processes of their own, or colocated in one.",
+        ),
+        Option(
+            name="prefill", group=group, roles=SERVE, parse=whole, default=1, bounds=(1, 64), unit="processes",
+            help="Prefill workers.",
+        ),
+        Option(
+            name="decode", group=group, roles=SERVE, parse=whole, default=1, bounds=(1, 64), unit="processes",
+            help="Decode workers.",
+        ),
+        Option(
+            name="drain-s", group=group, roles=frozenset(ROLES), parse=number, unit="s", bounds=(0, 86400),
+            fills=((RouterConfig, "drain_s"), (ServiceConfig, "drain_s")),
+            help="On SIGTERM, how long running requests may take to finish.",
+        ),
+        Option(
+            name="secret-file", group=group, roles=frozenset(ROLES), parse=text, unit="path",
+            default_text="serve makes a secret of its own; every other role needs one",
+            help="File with the cluster secret, at least 16 bytes.",
+        ),
+        Option(
+            name="log-level", group=group, roles=frozenset(ROLES), parse=text, default="info", choices=LOG_LEVELS,
+            help="Least severe messages that are logged; debug also shows tracebacks of errors.",
+        ),
+    )  # fmt: skip
+
+
+def _cpu() -> tuple[Option, ...]:
+    group = "CPU"
+    per_role = tuple(
+        option
+        for role in ("prefill", "decode")
+        for option in (
+            Option(
+                name=f"{role}-threads", group=group, roles=SERVE, parse=whole, unit="threads", bounds=(1, 1024),
+                default_text="one per core of the worker", help=f"Compute threads of each {role} worker.",
+            ),
+            Option(
+                name=f"{role}-cores", group=group, roles=SERVE, parse=core_set, unit="cores",
+                default_text="an even share of the usable cores", help=f"Cores that the {role} workers share out.",
+            ),
+        )
+    )  # fmt: skip
+    return (
+        Option(
+            name="threads", group=group, roles=SERVE | WORKERS, parse=whole, unit="threads", bounds=(1, 1024),
+            default_text="one per core of the worker", help="Compute threads of each worker.",
+        ),
+        *per_role,
+        Option(
+            name="cores", group=group, roles=WORKERS, parse=core_set, unit="cores", fills=((EngineConfig, "cores"),),
+            default_text="not pinned", help="Cores this process is pinned to, like 0,2-5.",
+        ),
+    )  # fmt: skip
+
+
+def _memory() -> tuple[Option, ...]:
+    group, roles = "KV cache", SERVE | WORKERS
+    return (
+        Option(
+            name="block-size", group=group, roles=roles, parse=whole, unit="tokens",
+            fills=((EngineConfig, "block_size"),), help="Tokens per KV block: 8, 16, 32, 64 or 128.",
+        ),
+        Option(
+            name="num-kv-blocks", group=group, roles=roles, parse=whole, unit="blocks", bounds=(2, None),
+            fills=((EngineConfig, "num_kv_blocks"),), default_text="what kv-cache-gib holds",
+            help="KV blocks of each worker.",
+        ),
+        Option(
+            name="kv-cache-gib", group=group, roles=roles, parse=number, unit="GiB",
+            fills=((EngineConfig, "kv_cache_gib"),), default_text="2 on a CPU, most of the free memory on a GPU",
+            help="Memory of each worker's KV blocks.",
+        ),
+    )  # fmt: skip
+
+
+def _scheduling() -> tuple[Option, ...]:
+    group, prefills, decodes = "scheduling", SERVE | PREFILL | COLOCATED, SERVE | DECODE | COLOCATED
+    return (
+        Option(
+            name="prefill-chunk-tokens", group=group, roles=prefills, parse=whole, unit="tokens",
+            fills=((PrefillConfig, "chunk_tokens"),), default_text="256 on a CPU, 2048 on a GPU",
+            help="Most prompt tokens computed in one step.",
+        ),
+        Option(
+            name="prefill-max-num-seqs", group=group, roles=prefills, parse=whole, unit="sequences",
+            fills=((PrefillConfig, "max_num_seqs"),), help="Prompts that a prefill worker holds at once.",
+        ),
+        Option(
+            name="num-layer-groups", group=group, roles=prefills, parse=whole, unit="groups",
+            fills=((PrefillConfig, "num_layer_groups"),),
+            help="Pushes that the layers of a large chunk are split into, so that sending overlaps computing.",
+        ),
+        Option(
+            name="layer-push-min-tokens", group=group, roles=prefills, parse=whole, unit="tokens",
+            fills=((PrefillConfig, "layer_push_min_tokens"),), help="Smaller chunks are pushed whole.",
+        ),
+        Option(
+            name="max-num-seqs", group=group, roles=decodes, parse=whole, unit="sequences",
+            fills=((DecodeConfig, "max_num_seqs"),), help="Sequences that a decode worker holds at once.",
+        ),
+        Option(
+            name="watermark-blocks", group=group, roles=decodes, parse=whole, unit="blocks",
+            fills=((DecodeConfig, "watermark_blocks"),),
+            help="Blocks kept back from new sequences so that running ones can grow.",
+        ),
+    )  # fmt: skip
+
+
+def _router() -> tuple[Option, ...]:
+    group, roles = "router", SERVE | ROUTER
+
+    def limit(name: str, parse: Callable[[object], Any], unit: str, help_text: str) -> Option:
+        fills = ((RouterConfig, name.replace("-", "_")),)
+        return Option(name=name, group=group, roles=roles, parse=parse, unit=unit, fills=fills, help=help_text)
+
+    return (
+        Option(
+            name="host", group=group, roles=roles, parse=text, fills=((RouterConfig, "http_host"),),
+            help="Address that clients connect to.",
+        ),
+        Option(
+            name="port", group=group, roles=roles, parse=whole, bounds=(0, 65535),
+            fills=((RouterConfig, "http_port"),), help="Port that clients connect to; 0 takes any free one.",
+        ),
+        Option(
+            name="control-host", group=group, roles=roles, parse=text, fills=((RouterConfig, "control_host"),),
+            help="Address that workers connect to.",
+        ),
+        Option(
+            name="control-port", group=group, roles=roles, parse=whole, bounds=(0, 65535),
+            fills=((RouterConfig, "control_port"),), default_text="8001; under serve any free one",
+            help="Port that workers connect to.",
+        ),
+        limit("max-num-requests", whole, "requests", "Unfinished requests; more are answered with 429."),
+        limit("max-body-bytes", whole, "bytes", "Longest HTTP body; longer ones are answered with 413."),
+        limit("heartbeat-s", number, "s", "How often workers report."),
+        limit("lease-ttl-s", number, "s", "A worker silent for this long is lost."),
+        limit("stall-s", number, "s", "A worker with work in hand that makes no progress for this long is lost."),
+        limit("ttft-slo-s", number, "s", "First-token deadline that orders the prefill queue, without the prompt."),
+        limit("ttft-slo-per-token-s", number, "s", "What each prompt token adds to that deadline."),
+        limit("max-placements", whole, "times", "How often one request may be placed before it fails."),
+        limit("placement-wait-s", number, "s", "How long an accepted request may wait for workers."),
+        Option(
+            name="http-fd", group=group, roles=ROUTER, parse=whole, fills=((RouterConfig, "http_fd"),),
+            is_hidden=True, help="Listening socket inherited for clients.",
+        ),
+        Option(
+            name="control-fd", group=group, roles=ROUTER, parse=whole, fills=((RouterConfig, "control_fd"),),
+            is_hidden=True, help="Listening socket inherited for workers.",
+        ),
+    )  # fmt: skip
+
+
+def _worker() -> tuple[Option, ...]:
+    group = "worker"
+    return (
+        Option(
+            name="worker-id", group=group, roles=WORKERS, parse=text, default_text="role, host name and process id",
+            help="Name of this worker, unique at its routers.",
+        ),
+        Option(
+            name="router-url", group=group, roles=WORKERS, parse=text, is_list=True,
+            default=("http://127.0.0.1:8001",), help="Control address of a router; may be repeated.",
+        ),
+        Option(
+            name="admin-host", group=group, roles=WORKERS, parse=text, fills=((ServiceConfig, "admin_host"),),
+            help="Address of this worker's /health and /census.",
+        ),
+        Option(
+            name="admin-port", group=group, roles=WORKERS, parse=whole, bounds=(0, 65535),
+            fills=((ServiceConfig, "admin_port"),),
+            help="Port of /health and /census; 0 takes any free one, which the log names.",
+        ),
+        Option(
+            name="connect-retry-s", group=group, roles=SERVE | WORKERS, parse=number, unit="s",
+            fills=((ServiceConfig, "connect_retry_s"),), help="Longest pause between attempts to reach a router.",
+        ),
+    )  # fmt: skip
+
+
+def _transfer() -> tuple[Option, ...]:
+    group, roles = "KV transfer", SERVE | PREFILL | DECODE
+
+    def budget(name: str, help_text: str) -> Option:
+        fills = ((TransferConfig, name.replace("-", "_")),)
+        return Option(name=name, group=group, roles=roles, parse=number, unit="s", fills=fills, help=help_text)
+
+    return (
+        Option(
+            name="transport", group=group, roles=roles, parse=text, fills=((TransferConfig, "transport"),),
+            choices=("ucx",), help="How blocks travel between processes; colocated moves them inside one.",
+        ),
+        Option(
+            name="transfer-host", group=group, roles=PREFILL | DECODE, parse=text, fills=((TransferConfig, "host"),),
+            help="Address that a prefill worker's peer port binds to and decode workers dial.",
+        ),
+        Option(
+            name="slot-bytes", group=group, roles=roles, parse=whole, unit="bytes",
+            fills=((TransferConfig, "slot_bytes"),), help="Size of a staging slot, the largest piece sent.",
+        ),
+        Option(
+            name="num-slots", group=group, roles=roles, parse=whole, unit="slots",
+            fills=((TransferConfig, "num_slots"),),
+            help="Receive slots per connection (decode), send slots per worker (prefill).",
+        ),
+        budget("connect-s", "Budget for connecting and self-testing one peer."),
+        budget("progress-s", "A transfer whose piece makes no progress for this long is broken."),
+        budget("grant-wait-s", "How long a grant or a prompt may wait for the other before it is dropped."),
+        budget("tombstone-s", "How long an ended transfer is remembered to refuse late messages."),
+    )  # fmt: skip
+
+
+OPTIONS: tuple[Option, ...] = (
+    *_served_model(),
+    *_processes(),
+    *_cpu(),
+    *_memory(),
+    *_scheduling(),
+    *_router(),
+    *_worker(),
+    *_transfer(),
+)
+BY_KEY: dict[str, Option] = {option.key: option for option in OPTIONS}
+
+
+def options_of(role: str) -> tuple[Option, ...]:
+    """Give the options that a command takes."""
+    return tuple(option for option in OPTIONS if role in option.roles)
