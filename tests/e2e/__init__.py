@@ -1,0 +1,1 @@
+"""End to end: `baton serve` as a user starts it, driven over HTTP."""
