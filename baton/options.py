@@ -293,7 +293,7 @@ def _router() -> tuple[Option, ...]:
         limit("stall-s", number, "s", "A worker with work in hand that makes no progress for this long is lost."),
         limit("ttft-slo-s", number, "s", "First-token deadline that orders the prefill queue, without the prompt."),
         limit("ttft-slo-per-token-s", number, "s", "What each prompt token adds to that deadline."),
-        limit("max-placements", whole, "times", "How often one request may be placed before it fails."),
+        limit("max-placements", whole, "times", "How many placements of one request may fail before it does."),
         limit("placement-wait-s", number, "s", "How long an accepted request may wait for workers."),
         Option(
             name="http-fd", group=group, roles=ROUTER, parse=whole, fills=((RouterConfig, "http_fd"),),

@@ -25,6 +25,8 @@ import torch
 
 log = logging.getLogger(__name__)
 
+STOP_BUDGET_S = 10.0
+
 
 class Stepper(Protocol):
     """What the compute thread drives. All methods are called on that thread."""
@@ -78,10 +80,10 @@ class ComputeLoop:
             self._loop.call_soon_threadsafe(callback, *args)
 
     async def stop(self) -> None:
-        """End the thread after its current step; idempotent."""
+        """End the thread after its current step; idempotent. A thread that hangs is left to die with the process."""
         self._inbox.put(None)
         if self._thread.is_alive():
-            await asyncio.to_thread(self._thread.join)
+            await asyncio.to_thread(self._thread.join, STOP_BUDGET_S)
 
     def _run(self) -> None:
         torch.set_num_threads(self._num_threads)

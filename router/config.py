@@ -25,7 +25,8 @@ class RouterConfig:
         stall_s: a worker with work in hand whose compute makes no progress for this long is lost: longer than any step.
         ttft_slo_s: deadline for the first token used to order the prefill queue: base plus per-token allowance.
         ttft_slo_per_token_s: allowance per prompt token.
-        max_placements: how often one request may be placed before it fails.
+        max_placements: a request fails with its placement of this number that failed; giving way, or being declined,
+            is no failure.
         placement_wait_s: how long an accepted request may wait for a pair of workers.
         drain_s: on SIGTERM, how long running streams may take to finish.
     """

@@ -6,6 +6,8 @@ import asyncio
 import threading
 from typing import Any
 
+import pytest
+
 from engine.compute_loop import ComputeLoop
 
 
@@ -77,4 +79,22 @@ async def test_a_broken_stepper_is_reported_to_every_owner() -> None:
     compute.post(first, "break")
     await _until(lambda: len(errors) == 2)
     assert "broken on purpose" in str(errors[0])
+    await compute.stop()
+
+
+async def test_stopping_does_not_wait_for_a_thread_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.compute_loop.STOP_BUDGET_S", 0.1)
+    released = threading.Event()
+
+    class Hanging(Recorder):
+        def step(self) -> bool:
+            released.wait(10)
+            return False
+
+    compute = ComputeLoop(1)
+    compute.add(Hanging([], "h"), lambda error: None)
+    compute.start()
+    async with asyncio.timeout(2):
+        await compute.stop()
+    released.set()
     await compute.stop()

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+import socket
+from pathlib import Path
 from typing import Any
 
 from protocol.wire import Links, Reserve, Welcome
+from router.app import run
 from router.tokenizer import Tokenizer
+from tests.router.tiny import byte_level_gguf
 from tests.router.workers import (
     CHAT,
     HI,
@@ -15,6 +21,7 @@ from tests.router.workers import (
     Stage,
     aborted,
     answer,
+    config,
     prefill_address,
     staged,
 )
@@ -213,3 +220,22 @@ async def _metrics(stage: Stage) -> dict[str, float]:
         lines = (await response.text()).splitlines()
     pairs = (line.rsplit(" ", 1) for line in lines if line and not line.startswith("#"))
     return {name: float(value) for name, value in pairs}
+
+
+async def test_sigterm_ends_a_router_with_code_0(tmp_path: Path) -> None:
+    path = byte_level_gguf(tmp_path / "tiny.gguf")
+    running = asyncio.create_task(run(config(model_path=str(path))))
+    await asyncio.sleep(0.3)
+    assert not running.done()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert await asyncio.wait_for(running, 5) == 0
+
+
+async def test_an_inherited_socket_is_served(tokenizer: Tokenizer) -> None:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        async with staged(tokenizer, http_fd=os.dup(listening.fileno())) as stage:
+            assert stage.router.http_port == listening.getsockname()[1]
+            async with stage.http.get(f"{stage.url}/version") as response:
+                assert response.status == 200
