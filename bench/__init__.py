@@ -1,0 +1,1 @@
+"""Load and measurements over HTTP; speaks to any OpenAI-compatible server."""
