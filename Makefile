@@ -12,10 +12,10 @@ PYTHON ?= python3
 PACKAGES := protocol kernels model kvtransfer router engine prefill decode baton bench
 SOURCES := $(PACKAGES) tests scripts setup.py
 
-.PHONY: help env env-dev serve test lint check bench clean
+.PHONY: help env env-dev serve test test-golden lint check bench clean
 
 help: ## list the targets
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  PORT=8000 MODEL=smollm2 ARGS='--prefill 1 --decode 1' go to 'make serve'; ARGS also to test and bench."
 
 env: ## make the environment that serves
@@ -29,6 +29,9 @@ serve: env ## serve MODEL on PORT: router, prefill and decode on this machine
 
 test: env-dev ## run the tests
 	@$(BIN)/python -m pytest $(ARGS)
+
+test-golden: env-dev ## every golden prompt in every mode and format (a quarter of an hour)
+	@$(BIN)/python -m pytest -m matrix tests/e2e/test_golden.py $(ARGS)
 
 lint: env-dev ## formatting, lint rules and types
 	$(BIN)/ruff format --check $(SOURCES)
