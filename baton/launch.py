@@ -30,7 +30,7 @@ from typing import Any
 
 import aiohttp
 
-from baton.config import ResolvedModel, ServeConfig, child_environment, resolve_model
+from baton.config import ResolvedModel, ServeConfig, child_environment, computes_on_gpu, resolve_model
 from baton.cores import WorkerCores
 from baton.options import options_of
 from baton.settings import Settings
@@ -129,7 +129,7 @@ def child_specs(config: ServeConfig, model: ResolvedModel, sockets: Sockets, sec
     router = shared | {"served_model_name": names, "http_fd": fds[0], "control_fd": fds[1]}
     specs = [ChildSpec("router", child_command(settings, "router", model, router), ROUTER_STAGE, fds)]
     host, port = sockets.control.getsockname()[:2]
-    shared |= {"router_url": (_url(host, port),)}
+    shared |= {"router_url": (_url(host, port),)} | _memory_option(config)
     if config.cores is None:
         overrides = shared | {"worker_id": "colocated-0"}
         command = child_command(settings, "colocated", model, overrides)
@@ -146,6 +146,16 @@ def served_names(settings: Settings, model: ResolvedModel) -> tuple[str, ...]:
     """Give the names that clients may ask for, the reported one first."""
     names: tuple[str, ...] = settings["served_model_name"] or (model.name,)
     return names
+
+
+def _memory_option(config: ServeConfig) -> dict[str, Any]:
+    """Divide a GPU's memory among the workers of this machine, who would each take most of it; the user's word wins."""
+    settings = config.settings
+    fixed = {"kv_memory_share", "kv_cache_gib", "num_kv_blocks"} & set(settings.given)
+    if fixed or not computes_on_gpu(settings):
+        return {}
+    num_workers = 1 if config.cores is None else len(config.cores.prefill) + len(config.cores.decode)
+    return {"kv_memory_share": settings["kv_memory_share"] / num_workers}
 
 
 def _core_options(share: WorkerCores) -> dict[str, Any]:

@@ -222,8 +222,14 @@ def _memory() -> tuple[Option, ...]:
         ),
         Option(
             name="kv-cache-gib", group=group, roles=roles, parse=number, unit="GiB",
-            fills=((EngineConfig, "kv_cache_gib"),), default_text="2 on a CPU, most of the free memory on a GPU",
+            fills=((EngineConfig, "kv_cache_gib"),), default_text="2 on a CPU, kv-memory-share on a GPU",
             help="Memory of each worker's KV blocks.",
+        ),
+        Option(
+            name="kv-memory-share", group=group, roles=roles, parse=number,
+            fills=((EngineConfig, "kv_memory_share"),),
+            default_text="0.8; under serve divided among the workers, who share one GPU",
+            help="Share of a GPU's free memory that a worker's KV blocks take.",
         ),
     )  # fmt: skip
 

@@ -22,7 +22,8 @@ class EngineConfig:
         cores: CPU cores this process is pinned to; empty leaves it alone.
         block_size: tokens per KV block.
         num_kv_blocks: blocks of the pool, or None to derive them from `kv_cache_gib`.
-        kv_cache_gib: memory of the pool in GiB, or None for 2 GiB on a CPU and most of the free memory on a GPU.
+        kv_cache_gib: memory of the pool in GiB, or None for 2 GiB on a CPU and `kv_memory_share` on a GPU.
+        kv_memory_share: share of a GPU's memory, free once the weights are loaded, that the pool takes.
         max_model_len: bound of prompt plus output tokens, or None for what model and pool allow.
         dummy_seed: seed of `dummy` weights.
     """
@@ -35,6 +36,7 @@ class EngineConfig:
     block_size: int = 16
     num_kv_blocks: int | None = None
     kv_cache_gib: float | None = None
+    kv_memory_share: float = 0.8
     max_model_len: int | None = None
     dummy_seed: int = 0
 
@@ -47,6 +49,8 @@ class EngineConfig:
             raise ConfigError(f"block_size must be 8, 16, 32, 64 or 128 tokens; got {self.block_size}")
         if self.num_threads < 1:
             raise ConfigError(f"num_threads must be at least 1, got {self.num_threads}")
+        if not 0.0 < self.kv_memory_share <= 0.95:
+            raise ConfigError(f"kv_memory_share must lie in (0, 0.95], got {self.kv_memory_share}")
         for name in ("num_kv_blocks", "kv_cache_gib", "max_model_len"):
             value = getattr(self, name)
             if value is not None and value <= 0:

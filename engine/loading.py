@@ -22,7 +22,6 @@ from protocol.errors import ConfigError
 from protocol.kv_layout import DTYPE_BYTES, KVFingerprint
 
 _CPU_KV_GIB = 2.0
-_GPU_KV_SHARE = 0.8
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +149,7 @@ def _num_blocks(config: EngineConfig, f: KVFingerprint, device: torch.device, nu
     if config.kv_cache_gib is not None:
         num_bytes = config.kv_cache_gib * (1 << 30)
     elif device.type == "cuda":
-        num_bytes = torch.cuda.mem_get_info(device)[0] * _GPU_KV_SHARE
+        num_bytes = torch.cuda.mem_get_info(device)[0] * config.kv_memory_share
     else:
         num_bytes = _CPU_KV_GIB * (1 << 30)
     num_blocks = int(num_bytes / num_pools) // f.block_bytes

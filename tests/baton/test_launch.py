@@ -134,3 +134,13 @@ def test_sockets_close_both() -> None:
     sockets = Sockets(socket.socket(), socket.socket())
     sockets.close()
     assert (sockets.http.fileno(), sockets.control.fileno()) == (-1, -1)
+
+
+def test_workers_that_share_a_gpu_share_its_memory() -> None:
+    divided = specs_of(settings(device="cuda", decode="3"))
+    workers = [parsed(spec) for name, spec in divided.items() if name != "router"]
+    assert [worker["kv_memory_share"] for worker in workers] == [pytest.approx(0.2)] * 4
+    given = specs_of(settings(device="cuda", kv_memory_share="0.3"))
+    assert parsed(given["decode-0"])["kv_memory_share"] == 0.3
+    on_cpu = specs_of(settings())
+    assert "kv_memory_share" not in parsed(on_cpu["decode-0"]).given
