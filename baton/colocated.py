@@ -1,27 +1,30 @@
 """Both roles in one process: one copy of the weights, one compute thread, the hand-off over `inproc`.
 
 The two workers are the ordinary ones. Their steppers share the compute thread, which gives them turns: a decode step,
-then one prefill chunk, then a decode step. The router sees a prefill and a decode worker that are linked with each
-other only.
+then one prefill chunk, then a decode step. A chunk is what a running stream waits for, so it is smaller here unless the
+user says otherwise. The router sees a prefill and a decode worker that are linked with each other only.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from decode.config import DecodeConfig
 from decode.worker import DecodeWorker
 from engine.compute_loop import ComputeLoop
 from engine.loading import load, pin_process
-from engine.service import drain_on_signals
+from engine.service import WorkerService, drain_on_signals
 from kvtransfer.transports import open_transport
 from prefill.config import PrefillConfig
 from prefill.worker import PrefillWorker
 from protocol.errors import ConfigError
 
 log = logging.getLogger(__name__)
+
+CPU_CHUNK_TOKENS = 64
+GPU_CHUNK_TOKENS = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,15 @@ class ColocatedConfig:
             raise ConfigError("colocated: the transport must be inproc")
 
 
+async def _run_together(*services: WorkerService) -> int:
+    """Run all until they end; one that ends, for whatever reason, takes the others along. Return the worst exit code."""
+    running = [asyncio.create_task(service.run()) for service in services]
+    await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+    for service in services:
+        service.begin_drain()
+    return max(await asyncio.gather(*running))
+
+
 async def run(config: ColocatedConfig) -> int:
     """Run both workers until SIGTERM has drained them; return the exit code.
 
@@ -51,12 +63,14 @@ async def run(config: ColocatedConfig) -> int:
     compute = ComputeLoop(engine.num_threads)
     # The decode stepper comes first: when both have work, tokens of running streams go before a prompt's next chunk.
     decode = DecodeWorker(config.decode, model, compute, transport)
-    prefill = PrefillWorker(config.prefill, model, compute, transport)
+    chunk_tokens = GPU_CHUNK_TOKENS if model.device.type == "cuda" else CPU_CHUNK_TOKENS
+    chunked = replace(config.prefill, chunk_tokens=config.prefill.chunk_tokens or chunk_tokens)
+    prefill = PrefillWorker(chunked, model, compute, transport)
     drain_on_signals(prefill.service, decode.service)
     try:
         await prefill.start()
         compute.start()
-        return max(await asyncio.gather(prefill.service.run(), decode.service.run()))
+        return await _run_together(prefill.service, decode.service)
     finally:
         await decode.close()
         await prefill.close()

@@ -239,7 +239,7 @@ def _scheduling() -> tuple[Option, ...]:
     return (
         Option(
             name="prefill-chunk-tokens", group=group, roles=prefills, parse=whole, unit="tokens",
-            fills=((PrefillConfig, "chunk_tokens"),), default_text="256 on a CPU, 2048 on a GPU",
+            fills=((PrefillConfig, "chunk_tokens"),), default_text="256 on a CPU, 2048 on a GPU; colocated 64 and 512",
             help="Most prompt tokens computed in one step.",
         ),
         Option(

@@ -16,7 +16,8 @@ class PrefillConfig:
 
     Attributes:
         cache_dir: where downloaded models are kept.
-        chunk_tokens: most prompt tokens computed in one step, or None for 256 on a CPU and 2048 on a GPU.
+        chunk_tokens: most prompt tokens computed in one step, or None for 256 on a CPU and 2048 on a GPU
+            (colocated: 64 and 512).
         max_num_seqs: prompts held at once, computing or waiting for their KV to land.
         num_layer_groups: pushes that the layers of a large chunk are split into, so that sending overlaps computing.
         layer_push_min_tokens: smaller chunks are pushed whole: splitting them costs more than it hides.

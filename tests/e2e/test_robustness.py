@@ -140,20 +140,26 @@ async def test_a_dry_pool_preempts_and_loses_nothing(cache_dir: Path, gguf: Path
         wait_until(lambda: _is_quiet(server), 2.0, "quiet")
 
 
-async def test_a_killed_decode_worker_is_replaced_and_its_stream_goes_on(
+async def test_a_stream_survives_the_death_of_its_decode_worker_token_for_token(
     cache_dir: Path, gguf: Path, tmp_path: Path
 ) -> None:
-    body = completion("The longest road in the country", max_tokens=64, ignore_eos=True)
-    with serving("smollm2", tmp_path, cache_dir) as server:
+    body = completion("The longest road in the country", max_tokens=64, ignore_eos=True, temperature=1.0, seed=11)
+    with serving("smollm2", tmp_path, cache_dir, "--decode", "2") as server:
         async with session() as http:
             expected = (await complete(http, server.url, body))["token_ids"]
+            wait_until(lambda: _is_quiet(server), 5.0, "quiet")
             running = asyncio.create_task(stream(http, server.url, body))
-            await asyncio.sleep(1.0)
-            pid = server.children()["decode"]
-            os.kill(pid, signal.SIGKILL)
+            busy = await asyncio.to_thread(wait_until, lambda: _busy_decode_pid(server), 5.0, "a running stream")
+            os.kill(busy, signal.SIGKILL)
             result = await running
         assert result.is_done and result.token_ids == expected
-        assert server.children()["decode"] != pid
+        wait_until(lambda: len(server.workers()) == 3, 30.0, "the supervisor's replacement")
+        assert busy not in [worker["pid"] for worker in server.workers()]
+
+
+def _busy_decode_pid(server: Server) -> int | None:
+    pids = [w["pid"] for w in server.workers() if w["role"] == "decode" and w["num_running"]]
+    return pids[0] if pids else None
 
 
 def _worker(role: str, model: str, url: str, secret: Path, cache_dir: Path) -> subprocess.CompletedProcess[str]:
