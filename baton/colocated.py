@@ -42,7 +42,7 @@ class ColocatedConfig:
 
 
 async def _run_together(*services: WorkerService) -> int:
-    """Run all until they end; one that ends, for whatever reason, takes the others along. Return the worst exit code."""
+    """Run all until they end; one that ends takes the others along. Return the worst exit code."""
     running = [asyncio.create_task(service.run()) for service in services]
     await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
     for service in services:
