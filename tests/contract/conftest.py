@@ -1,4 +1,4 @@
-"""Every test of this folder runs on each transport, and on both event loops."""
+"""Every test of this folder runs on each transport and on both event loops; real processes on uvloop, as workers do."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ def pytest_asyncio_loop_factories(
     config: pytest.Config, item: pytest.Item
 ) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
     """Name the event loops."""
+    if item.path.name == "test_processes.py":
+        return {"uvloop": uvloop.new_event_loop}
     return {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 
 

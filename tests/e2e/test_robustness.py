@@ -53,7 +53,7 @@ async def test_500_requests_with_disconnects_leave_nothing_behind(disaggregated:
 
         async def one(i: int) -> None:
             length = rng.choice([1, 5, 15, 16, 17, 33])
-            body = completion([rng.randrange(100, 40000) for _ in range(length)], max_tokens=rng.randint(1, 10))
+            body = completion([rng.randrange(100, 40000) for _ in range(length)], max_tokens=rng.randint(1, 7))
             async with gate:
                 if rng.random() >= 0.3:
                     answer = await stream(http, disaggregated.url, {**body, "ignore_eos": True})
@@ -110,7 +110,7 @@ BAD_REQUESTS: list[tuple[str, Any, int, str | None]] = [
 
 
 async def test_bad_requests_get_clear_errors_and_disturb_no_stream(disaggregated: Server) -> None:
-    body = completion("Once upon a time", max_tokens=80, ignore_eos=True)
+    body = completion("Once upon a time", max_tokens=56, ignore_eos=True)
     async with session() as http:
         expected = await complete(http, disaggregated.url, body)
         beside = asyncio.create_task(stream(http, disaggregated.url, body))
@@ -129,8 +129,8 @@ async def test_bad_requests_get_clear_errors_and_disturb_no_stream(disaggregated
 
 
 async def test_a_dry_pool_preempts_and_loses_nothing(cache_dir: Path, gguf: Path, tmp_path: Path) -> None:
-    bodies = [completion(f"Story number {i} begins", max_tokens=70, ignore_eos=True) for i in range(3)]
-    options = ("--num-kv-blocks", "10", "--max-model-len", "160", "--watermark-blocks", "0")
+    bodies = [completion(f"Story number {i} begins", max_tokens=48, ignore_eos=True) for i in range(3)]
+    options = ("--num-kv-blocks", "7", "--max-model-len", "112", "--watermark-blocks", "0")
     with serving("smollm2", tmp_path, cache_dir, *options) as server:
         async with session() as http:
             alone = [(await complete(http, server.url, b))["token_ids"] for b in bodies]
@@ -143,7 +143,7 @@ async def test_a_dry_pool_preempts_and_loses_nothing(cache_dir: Path, gguf: Path
 async def test_a_stream_survives_the_death_of_its_decode_worker_token_for_token(
     cache_dir: Path, gguf: Path, tmp_path: Path
 ) -> None:
-    body = completion("The longest road in the country", max_tokens=64, ignore_eos=True, temperature=1.0, seed=11)
+    body = completion("The longest road in the country", max_tokens=48, ignore_eos=True, temperature=1.0, seed=11)
     with serving("smollm2", tmp_path, cache_dir, "--decode", "2") as server:
         async with session() as http:
             expected = (await complete(http, server.url, body))["token_ids"]
@@ -179,7 +179,7 @@ async def test_a_wrong_secret_and_another_model_are_refused_clearly(
     options = ("--secret-file", str(right), "--control-port", "18431")
     with serving("smollm2", tmp_path, cache_dir, *options) as server:
         async with session() as http:
-            body = completion("Beside all this", max_tokens=60, ignore_eos=True)
+            body = completion("Beside all this", max_tokens=40, ignore_eos=True)
             expected = await complete(http, server.url, body)
             beside = asyncio.create_task(stream(http, server.url, body))
             url = "http://127.0.0.1:18431"

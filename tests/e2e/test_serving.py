@@ -198,7 +198,7 @@ async def test_seeded_sampling_is_the_same_alone_in_a_batch_and_in_the_other_mod
         {"temperature": 1.0, "frequency_penalty": 0.5, "presence_penalty": 0.2},
     ]
     bodies = [
-        completion(f"Candidate {i} wrote:", max_tokens=24, seed=100 + i, ignore_eos=True, **sampling)
+        completion(f"Candidate {i} wrote:", max_tokens=12, seed=100 + i, ignore_eos=True, **sampling)
         for i, sampling in enumerate(samplings)
     ]
     async with session() as http:

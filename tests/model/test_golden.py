@@ -72,7 +72,7 @@ def test_the_golden_file_holds_what_it_promises() -> None:
     assert sum("top_logits" in entry for entry in PROMPTS.values()) == 3
 
 
-@pytest.mark.parametrize("name", ["five tokens", "python", "mixed languages", "search"])
+@pytest.mark.parametrize("name", ["five tokens", "mixed languages"])
 def test_greedy_tokens_are_the_golden_ones(name: str, decoder: Decoder) -> None:
     entry = PROMPTS[name]
     assert greedy(decoder, entry["prompt"], 64).tokens == entry["tokens"]
