@@ -126,7 +126,15 @@ def _served_model() -> tuple[Option, ...]:
         ),
         Option(
             name="dtype", group=group, roles=cpu_roles, parse=text, fills=((EngineConfig, "dtype"),),
-            help="Type of weights, activations and KV; auto is float32 on a CPU and bfloat16 on a GPU.",
+            help="Type of weights and activations; auto is float32 on a CPU and bfloat16 on a GPU.",
+        ),
+        Option(
+            name="quantization", group=group, roles=cpu_roles, parse=text, fills=((EngineConfig, "quantization"),),
+            help="auto keeps a GGUF file's own on a CPU unless dtype is given; none, stored, int8 or int4.",
+        ),
+        Option(
+            name="kernels", group=group, roles=cpu_roles, parse=text, fills=((EngineConfig, "kernels"),),
+            help="auto takes the native CPU kernels where they can run; native insists on them, torch avoids them.",
         ),
         Option(
             name="device", group=group, roles=cpu_roles, parse=text, fills=((EngineConfig, "device"),),
@@ -214,6 +222,10 @@ def _memory() -> tuple[Option, ...]:
         Option(
             name="block-size", group=group, roles=roles, parse=whole, unit="tokens",
             fills=((EngineConfig, "block_size"),), help="Tokens per KV block: 8, 16, 32, 64 or 128.",
+        ),
+        Option(
+            name="kv-cache-dtype", group=group, roles=roles, parse=text, fills=((EngineConfig, "kv_cache_dtype"),),
+            help="Type of keys and values; auto is float16 where weights are quantised, else dtype.",
         ),
         Option(
             name="num-kv-blocks", group=group, roles=roles, parse=whole, unit="blocks", bounds=(2, None),

@@ -8,6 +8,8 @@ from protocol.errors import ConfigError
 from protocol.kv_layout import DTYPE_BYTES
 
 DEVICES = ("auto", "cpu", "cuda")
+QUANTIZATIONS = ("auto", "none", "stored", "int8", "int4")
+KERNELS = ("auto", "native", "torch")
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +18,10 @@ class EngineConfig:
 
     Attributes:
         model: resolved model reference: a directory, a GGUF file, or `dummy:<config>`.
-        dtype: weights, activations and KV: "auto" is float32 on a CPU and bfloat16 on a GPU.
+        dtype: weights and activations: "auto" is float32 on a CPU and bfloat16 on a GPU.
+        quantization: "auto" keeps a GGUF file's own on a CPU; else none, stored, int8 or int4.
+        kernels: "auto" takes the native CPU kernels where they can run; else native or torch.
+        kv_cache_dtype: of keys and values: "auto" is float16 where weights are quantised, else dtype.
         device: "auto" takes a GPU where torch sees one.
         num_threads: compute threads on a CPU.
         cores: CPU cores this process is pinned to; empty leaves it alone.
@@ -30,6 +35,9 @@ class EngineConfig:
 
     model: str
     dtype: str = "auto"
+    quantization: str = "auto"
+    kernels: str = "auto"
+    kv_cache_dtype: str = "auto"
     device: str = "auto"
     num_threads: int = 1
     cores: tuple[int, ...] = ()
@@ -41,10 +49,16 @@ class EngineConfig:
     dummy_seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.dtype not in ("auto", *DTYPE_BYTES):
-            raise ConfigError(f"dtype must be auto, {', '.join(DTYPE_BYTES)}; got {self.dtype!r}")
-        if self.device not in DEVICES:
-            raise ConfigError(f"device must be one of {', '.join(DEVICES)}; got {self.device!r}")
+        allowed = {
+            "dtype": ("auto", *DTYPE_BYTES),
+            "quantization": QUANTIZATIONS,
+            "kernels": KERNELS,
+            "kv_cache_dtype": ("auto", *DTYPE_BYTES),
+            "device": DEVICES,
+        }
+        for name, choices in allowed.items():
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
         if self.block_size not in (8, 16, 32, 64, 128):
             raise ConfigError(f"block_size must be 8, 16, 32, 64 or 128 tokens; got {self.block_size}")
         if self.num_threads < 1:

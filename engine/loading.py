@@ -12,11 +12,10 @@ import torch
 
 from engine.config import EngineConfig
 from engine.kv_cache import KVCache
-from kernels.ops import describe_backend
 from model.decoder import Decoder
 from model.errors import ModelError
 from model.identity import model_hash
-from model.loader import load_model
+from model.loader import LoadOptions, load_model
 from model.source import resolve
 from protocol.errors import ConfigError
 from protocol.kv_layout import DTYPE_BYTES, KVFingerprint
@@ -77,29 +76,32 @@ def load(config: EngineConfig, say: Callable[[str], None], cache_dir: Path, num_
     device = _device(config.device)
     try:
         files = resolve(config.model, cache_dir, say)
-        decoder = load_model(
-            files,
+        options = LoadOptions(
             dtype=config.dtype,
             device=str(device),
-            progress=_progress_lines(say),
+            quantization=config.quantization,
+            kernels=config.kernels,
+            num_threads=config.num_threads,
             dummy_seed=config.dummy_seed,
         )
+        decoder = load_model(files, options, _progress_lines(say))
         name = model_hash(files, config.dummy_seed)
     except ModelError as error:
         raise ConfigError(str(error)) from error
     shape = decoder.config
-    say(f"loaded {decoder.load_summary}")
+    backend = f"{device}: {decoder.backend}"
+    say(f"loaded {decoder.load_summary}; {decoder.backend}")
     fingerprint = KVFingerprint(
         model_hash=name,
-        dtype=_dtype_name(decoder.dtype),
+        dtype=_dtype_name(decoder.kv_dtype) if config.kv_cache_dtype == "auto" else config.kv_cache_dtype,
         block_size=config.block_size,
         num_layers=shape.num_layers,
         num_kv_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,
+        arithmetic=decoder.arithmetic,
     )
     num_blocks = _num_blocks(config, fingerprint, device, num_pools)
     max_model_len = _max_model_len(config, shape.max_context_tokens, num_blocks, say)
-    backend = f"{device}: {describe_backend()}"
     return LoadedModel(decoder, fingerprint, device, num_blocks, max_model_len, shape.vocab_size, backend)
 
 

@@ -24,6 +24,14 @@ class DummyWeights:
             return values.mul_(shape[-1] ** -0.5)
         return values.mul_(0.02) if name.endswith(".bias") else values.mul_(0.02).add_(1.0)
 
+    def quantized(self, name: str, shape: tuple[int, int]) -> None:
+        """Give nothing: a generator holds floats only."""
+        return None
+
+    def is_float(self, name: str) -> bool:
+        """Say yes."""
+        return True
+
     def unused(self) -> list[str]:
         """Name nothing: a generator holds no tensors."""
         return []

@@ -1,26 +1,64 @@
 """Load a model: config, then weights from whatever format the files are in, then the decoder.
 
-1. `read_config` says what must be there.
-2. The source for the format gives single tensors; `assemble` checks, converts and packs them.
-3. The decoder builds its rotary tables and is ready; `LoadSummary` says what it took.
+1. `read_config` says what must be there; `_plan` chooses native or torch kernels, and why.
+2. The source for the format gives single tensors, as stored or as floats.
+3. `pack_model` packs them for the native step, or `assemble` for torch.
+4. The decoder is ready; `LoadSummary` says what it took.
 """
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
+from kernels.cpu.native import NativeKernels, NativeLibrary, NativeUnavailableError
+from kernels.cpu.native import load as load_native
 from model.config import ModelConfig, read_config
 from model.decoder import Decoder
 from model.dummy_weights import DummyWeights
 from model.errors import ModelError
 from model.gguf_file import GgufFile
 from model.gguf_weights import GgufWeights
+from model.native_decoder import QUANTIZATIONS, NativeDecoder, pack_model, why_not
 from model.safetensors_weights import SafetensorsWeights
 from model.source import ModelFiles
+from model.torch_decoder import TorchDecoder
 from model.weights import LoadSummary, WeightSource, assemble
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+KERNELS = ("auto", "native", "torch")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """How a model is loaded.
+
+    Attributes:
+        dtype: of weights and activations; "auto" is float32 on the CPU and bfloat16 on a GPU.
+        device: "cpu" or a CUDA device.
+        quantization: "auto" keeps a GGUF file's own on the CPU and floats elsewhere, and is "none" where dtype says
+            float32; "none" computes in dtype; "stored", "int8" and "int4" need the native kernels.
+        kernels: "auto" takes the native ones where they can run; "native" insists on them; "torch" avoids them.
+        num_threads: of the native kernels.
+        dummy_seed: of a dummy model's weights.
+        max_context_tokens: bounds the rotary tables below the model's own context length.
+    """
+
+    dtype: str = "auto"
+    device: str = "cpu"
+    quantization: str = "auto"
+    kernels: str = "auto"
+    num_threads: int = 1
+    dummy_seed: int = 0
+    max_context_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    library: NativeLibrary | None
+    quantization: str
+    reason: str
 
 
 def choose_dtype(name: str, device: str) -> torch.dtype:
@@ -34,25 +72,76 @@ def choose_dtype(name: str, device: str) -> torch.dtype:
 
 def load_model(
     files: ModelFiles,
-    *,
-    dtype: str = "auto",
-    device: str = "cpu",
+    options: LoadOptions = LoadOptions(),  # noqa: B008 - frozen
     progress: Callable[[int, int, str], None] | None = None,
-    dummy_seed: int = 0,
-    max_context_tokens: int | None = None,
 ) -> Decoder:
     """Load a resolved model; `progress(done, total, tensor_name)` is called after each tensor.
 
-    Blocking: seconds to minutes. `max_context_tokens` bounds the rotary tables below the model's own context length.
-    `decoder.load_summary` says what it took. Raises ModelError and its children.
+    Blocking: a fraction of a second to minutes. Raises ModelError and its children.
     """
     started_s = time.monotonic()
     config = read_config(files)
-    wanted = choose_dtype(dtype, device)
-    weights = assemble(config, _open(files, config, dummy_seed), wanted, torch.device(device), progress)
-    name = str(wanted).removeprefix("torch.")
-    summary = LoadSummary(weights.num_bytes(), time.monotonic() - started_s, name, device)
-    return Decoder(config, weights, summary, max_context_tokens or config.max_context_tokens)
+    dtype = choose_dtype(options.dtype, options.device)
+    plan = _plan(config, files, options, dtype)
+    source = _open(files, config, options.dummy_seed)
+    num_positions = min(options.max_context_tokens or config.max_context_tokens, config.max_context_tokens)
+    if plan.library is not None:
+        kernels = NativeKernels(plan.library, options.num_threads)
+        packed = pack_model(
+            config,
+            source,
+            kernels,
+            quantization=plan.quantization,
+            max_context_tokens=num_positions,
+            progress=progress,
+        )
+        num_bytes = sum(matrix.data.nbytes for matrix in packed.matrices())
+        summary = LoadSummary(num_bytes, time.monotonic() - started_s, plan.quantization, "cpu")
+        return NativeDecoder(config, packed, kernels, summary)
+    weights = assemble(config, source, dtype, torch.device(options.device), progress)
+    name = str(dtype).removeprefix("torch.")
+    summary = LoadSummary(weights.num_bytes(), time.monotonic() - started_s, name, options.device)
+    return TorchDecoder(config, weights, summary, num_positions, plan.reason)
+
+
+def _plan(config: ModelConfig, files: ModelFiles, options: LoadOptions, dtype: torch.dtype) -> _Plan:
+    """Choose the kernels and the quantisation; raises ModelError where what was asked for cannot be had."""
+    if options.quantization not in ("auto", *QUANTIZATIONS):
+        known = ", ".join(("auto", *QUANTIZATIONS))
+        raise ModelError(f"quantization {options.quantization!r} is not supported (supported: {known})")
+    if options.kernels not in KERNELS:
+        raise ModelError(f"kernels {options.kernels!r} is not supported (supported: {', '.join(KERNELS)})")
+    against = _against_native(config, options, dtype)
+    if isinstance(against, NativeLibrary):
+        return _Plan(against, _quantization(files, options), "")
+    if options.kernels == "native":
+        raise ModelError(f"kernels: native was asked for, but {against}")
+    if options.quantization not in ("auto", "none"):
+        raise ModelError(f"quantization {options.quantization} needs the native kernels, but {against}")
+    return _Plan(None, "none", against)
+
+
+def _against_native(config: ModelConfig, options: LoadOptions, dtype: torch.dtype) -> NativeLibrary | str:
+    """Give the native library, or say what speaks against using it."""
+    if torch.device(options.device).type != "cpu":
+        return f"the device is {options.device}"
+    if options.kernels == "torch":
+        return "torch kernels were asked for"
+    if dtype != torch.float32:
+        return f"the dtype is {options.dtype}"
+    reason = why_not(config)
+    if reason is not None:
+        return reason
+    try:
+        return load_native()
+    except NativeUnavailableError as error:
+        return str(error)
+
+
+def _quantization(files: ModelFiles, options: LoadOptions) -> str:
+    if options.quantization != "auto":
+        return options.quantization
+    return "stored" if files.format == "gguf" and options.dtype == "auto" else "none"
 
 
 def _open(files: ModelFiles, config: ModelConfig, dummy_seed: int) -> WeightSource:

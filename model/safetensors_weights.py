@@ -50,6 +50,14 @@ class SafetensorsWeights:
             raise WeightError(f"{home}: tensor {name!r} has dtype {tensor.dtype}, expected a float of 16 to 64 bits")
         return tensor
 
+    def quantized(self, name: str, shape: tuple[int, int]) -> None:
+        """Give nothing: this format holds floats only."""
+        return None
+
+    def is_float(self, name: str) -> bool:
+        """Say yes."""
+        return True
+
     def unused(self) -> list[str]:
         """Name the tensors that nobody asked for, without the ones known to be ignorable."""
         return [name for name in self._homes if name not in self._asked and not name.endswith(_IGNORABLE)]

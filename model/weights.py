@@ -12,6 +12,7 @@ from typing import Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from kernels.quantized import QuantizedRows
 from model.config import ModelConfig
 from model.errors import WeightError
 
@@ -24,6 +25,14 @@ class WeightSource(Protocol):
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Give one tensor of a float dtype on the CPU; raises WeightError naming file, tensor and both shapes."""
+        ...
+
+    def quantized(self, name: str, shape: tuple[int, int]) -> QuantizedRows | None:
+        """Give a matrix in its own quantisation, or None where the native kernels have none like it."""
+        ...
+
+    def is_float(self, name: str) -> bool:
+        """Tell whether a tensor is stored as floats, not quantised."""
         ...
 
     def unused(self) -> list[str]:

@@ -152,7 +152,7 @@ class PrefillStepper:
         pushes = [push for item in items if (push := self._push_of(item)) is not None]
         num_tokens = sum(item.num_tokens for item in items)
         in_groups = num_tokens >= self._layer_push_min_tokens and len(self._groups) > 1
-        results = self._runner.step(items, self._on_layer(pushes) if in_groups else None)
+        results = self._runner.step(items, self._on_layer(pushes) if in_groups else None, self._groups)
         if not in_groups:
             self._emit_cells(pushes, 0, self._num_layers)
         jobs = [self._scheduler.get(item.sequence.transfer_id) for item in items]
@@ -184,8 +184,7 @@ class PrefillStepper:
 
     def _on_layer(self, pushes: list[_Push]) -> Callable[[int], None]:
         def on_layer(layer: int) -> None:
-            if layer in self._groups:
-                self._emit_cells(pushes, *self._groups[layer])
+            self._emit_cells(pushes, *self._groups[layer])
 
         return on_layer
 

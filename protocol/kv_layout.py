@@ -23,7 +23,13 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class KVFingerprint(msgspec.Struct, frozen=True):
-    """What must be equal at both ends before a single block moves."""
+    """What must be equal at both ends before a single block moves.
+
+    Attributes:
+        dtype: of keys and values.
+        arithmetic: names the numbers that the worker computes with: a stream goes on token for token only where
+            another worker computes as the first one did.
+    """
 
     model_hash: str
     dtype: str
@@ -31,6 +37,7 @@ class KVFingerprint(msgspec.Struct, frozen=True):
     num_layers: int
     num_kv_heads: int
     head_dim: int
+    arithmetic: str = "float32"
     layout: str = LAYOUT
 
     @property

@@ -8,10 +8,21 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from setuptools import Extension
 
-SOURCES = ("kernels/cpu/attention.cpp",)
-# No -ffast-math: linked into a shared library it would switch denormals off for the whole process.
-# No -march: the instruction set is chosen at run time.
-COMPILE_ARGS = ("-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi")
+FOLDER = "kernels/cpu/native"
+NAMES = ("dispatch", "isa_avx2", "isa_avx512", "isa_portable", "pack", "pool")
+SOURCES = tuple(f"{FOLDER}/{name}.cpp" for name in NAMES)
+COMPILE_ARGS = (
+    "-O3",
+    "-std=c++17",
+    "-pthread",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    # Fused multiply-adds stand where the source says so: a result must not depend on what a compiler contracts.
+    # No -ffast-math either: linked into a shared library it would switch denormals off for the whole process.
+    # No -march: the instruction set is chosen at run time.
+    "-ffp-contract=off",
+    "-Wno-psabi",
+)
 
 
 def extension() -> Extension:
@@ -24,7 +35,9 @@ def extension() -> Extension:
     return Extension(
         "kernels.cpu._native",
         sources=list(SOURCES),
+        depends=[str(path) for path in sorted(Path(FOLDER).glob("*.h"))],
         extra_compile_args=list(COMPILE_ARGS),
+        extra_link_args=["-pthread"],
         language="c++",
         optional=True,
     )

@@ -11,8 +11,8 @@ from engine.loading import LoadedModel, load
 TINY_LLAMA = {
     "architectures": ["LlamaForCausalLM"],
     "vocab_size": 256,
-    "hidden_size": 32,
-    "intermediate_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 96,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,

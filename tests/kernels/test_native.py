@@ -1,137 +1,152 @@
-"""The native CPU kernels against the reference, and their promise that a row does not depend on its batch."""
+"""The native CPU kernels against the reference over random shapes, for every instruction set of this machine."""
 
-import math
+import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
-from kernels import ops, reference
-from kernels.cpu import build, native
+from kernels import reference
+from kernels.cpu import native
+from kernels.cpu.native import NativeKernels, NativeUnavailableError
+from tests.kernels.native_cases import INSTRUCTION_SETS, KvCase, kernels_for
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> native.NativeKernels:
-    """Build the source of this checkout, so that a stale installed library is not what gets tested."""
-    compiler = shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
-    if compiler is None:
-        pytest.skip("no C++ compiler here")
-    library = tmp_path_factory.mktemp("native") / "kernels.so"
-    subprocess.run([*build.compile_command(compiler, ROOT, library), "-Wall", "-Wextra", "-Werror"], check=True)
-    return native.load(library)
+@pytest.fixture(params=INSTRUCTION_SETS)
+def kernels(request: pytest.FixtureRequest) -> NativeKernels:
+    """Each instruction set that this processor has, with two threads."""
+    return kernels_for(request.param, num_threads=2)
 
 
-class Case:
-    """Inputs of one attention call; every slot that no sequence owns is NaN, every unused table entry -1."""
-
-    def __init__(self, seq_lens: list[int], num_heads: int, num_kv_heads: int, block_size: int, head_dim: int) -> None:
-        counts = [-(-length // block_size) for length in seq_lens]
-        order = torch.randperm(sum(counts) + 2).int()
-        kv_cache = torch.full((sum(counts) + 2, 3, 2, num_kv_heads, block_size, head_dim), math.nan)
-        self.kv_layer = kv_cache[:, 1]
-        self.q = torch.randn(len(seq_lens), num_heads, head_dim) * 3
-        self.tables = torch.full((len(seq_lens), max([*counts, 0]) + 1), -1, dtype=torch.int32)
-        self.seq_lens = torch.tensor(seq_lens, dtype=torch.int32)
-        used = 0
-        for row, (length, count) in enumerate(zip(seq_lens, counts, strict=True)):
-            self.tables[row, :count] = order[used : used + count]
-            used += count
-            for place in range(0, length, block_size):
-                size = min(block_size, length - place)
-                block = self.kv_layer[int(self.tables[row, place // block_size])]
-                block[:, :, :size] = torch.randn(2, num_kv_heads, size, head_dim)
-
-    def run(self, kernels: native.NativeKernels, rows: list[int] | None = None) -> Tensor:
-        """Call the native kernel on all rows or on some."""
-        chosen = slice(None) if rows is None else rows
-        return kernels.paged_decode_attention(
-            self.q[chosen], self.kv_layer, self.tables[chosen], self.seq_lens[chosen], 0.2
-        )
-
-
-@pytest.mark.parametrize("seq_lens", [[], [1], [7], [16, 17], [300, 1, 33, 64, 15]])
+@pytest.mark.parametrize("seq_lens", [[1], [7], [16, 17], [300, 1, 33, 64, 15]])
 @pytest.mark.parametrize(
     ("num_heads", "num_kv_heads", "block_size", "head_dim"),
-    [(9, 3, 16, 64), (4, 4, 16, 128), (8, 1, 8, 72), (2, 2, 5, 8), (40, 1, 32, 80)],
+    [(9, 3, 16, 64), (4, 4, 32, 128), (8, 1, 8, 80), (40, 2, 64, 16), (7, 1, 16, 48)],
 )
-def test_native_decode_attention_agrees_with_the_reference(
-    kernels: native.NativeKernels,
-    seq_lens: list[int],
-    num_heads: int,
-    num_kv_heads: int,
-    block_size: int,
-    head_dim: int,
+def test_decode_attention_agrees_with_the_reference(
+    kernels: NativeKernels, seq_lens: list[int], num_heads: int, num_kv_heads: int, block_size: int, head_dim: int
 ) -> None:
-    case = Case(seq_lens, num_heads, num_kv_heads, block_size, head_dim)
+    case = KvCase(seq_lens, num_heads, num_kv_heads, block_size, head_dim)
     expected = reference.paged_decode_attention(case.q, case.kv_layer, case.tables, case.seq_lens, 0.2)
-    torch.testing.assert_close(case.run(kernels), expected, rtol=2e-5, atol=2e-5)
+    found = kernels.paged_decode_attention(case.q, case.kv_layer, case.tables, case.seq_lens, 0.2)
+    torch.testing.assert_close(found, expected, rtol=3e-5, atol=3e-5)
 
 
-def test_large_scores_neither_overflow_nor_vanish(kernels: native.NativeKernels) -> None:
-    case = Case([40], 2, 1, 16, 16)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("seq_lens", "num_queries"), [([5], [5]), ([40], [7]), ([100, 16, 70, 33], [100, 1, 33, 17]), ([200], [199])]
+)
+def test_prefill_attention_agrees_with_the_reference(
+    kernels: NativeKernels, seq_lens: list[int], num_queries: list[int], dtype: torch.dtype
+) -> None:
+    case = KvCase(seq_lens, 6, 2, 16, 64, num_queries, dtype)
+    arguments = (case.q, case.kv_layer, case.tables, case.query_start, case.seq_lens, 0.125)
+    expected = reference.paged_prefill_attention(*arguments)
+    torch.testing.assert_close(kernels.paged_prefill_attention(*arguments), expected, rtol=3e-5, atol=3e-5)
+
+
+def test_a_query_is_bitwise_the_same_in_decode_in_a_chunk_and_in_a_batch(kernels: NativeKernels) -> None:
+    case = KvCase([130, 90], 9, 3, 16, 64, [130, 90])
+    together = kernels.paged_prefill_attention(
+        case.q, case.kv_layer, case.tables, case.query_start, case.seq_lens, 0.125
+    )
+    for row, seq, length in ((0, 0, 1), (17, 0, 18), (64, 0, 65), (129, 0, 130), (130 + 89, 1, 90)):
+        alone = kernels.paged_decode_attention(
+            case.q[row : row + 1], case.kv_layer, case.tables[seq : seq + 1], torch.tensor([length]), 0.125
+        )
+        assert torch.equal(alone[0], together[row])
+
+
+def test_large_scores_neither_overflow_nor_vanish(kernels: NativeKernels) -> None:
+    case = KvCase([40], 2, 1, 16, 16)
     case.q *= 1e4
     expected = reference.paged_decode_attention(case.q, case.kv_layer, case.tables, case.seq_lens, 0.2)
-    torch.testing.assert_close(case.run(kernels), expected, rtol=1e-5, atol=1e-5)
+    found = kernels.paged_decode_attention(case.q, case.kv_layer, case.tables, case.seq_lens, 0.2)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_row_is_bitwise_the_same_in_every_batch(kernels: native.NativeKernels) -> None:
-    case = Case([130, 1, 64, 257, 16, 90], 9, 3, 16, 64)
-    together = case.run(kernels)
-    for row in range(6):
-        assert torch.equal(case.run(kernels, [row])[0], together[row])
-    assert torch.equal(case.run(kernels, [5, 3, 0])[1], together[3])
-
-
-def test_an_empty_sequence_gives_zeros(kernels: native.NativeKernels) -> None:
-    case = Case([0, 3], 2, 1, 4, 8)
-    assert case.run(kernels)[0].count_nonzero() == 0
-
-
-def test_a_block_outside_the_cache_is_refused(kernels: native.NativeKernels) -> None:
-    case = Case([20], 2, 1, 16, 8)
-    case.tables[0, 1] = case.kv_layer.shape[0]
+def test_what_does_not_fit_the_cache_is_refused(kernels: NativeKernels) -> None:
+    case = KvCase([20], 2, 1, 16, 16)
+    outside = case.tables.clone()
+    outside[0, 1] = case.kv_layer.shape[0]
     with pytest.raises(ValueError, match="outside the KV cache"):
-        case.run(kernels)
-
-
-def test_a_length_beyond_its_table_is_refused(kernels: native.NativeKernels) -> None:
-    case = Case([20], 2, 1, 16, 8)
-    case.seq_lens[0] = 49
+        kernels.paged_decode_attention(case.q, case.kv_layer, outside, case.seq_lens, 0.2)
     with pytest.raises(ValueError, match="longer than its block table"):
-        case.run(kernels)
+        kernels.paged_decode_attention(case.q, case.kv_layer, case.tables, torch.tensor([49]), 0.2)
+    k = torch.randn(1, 1, 16)
+    with pytest.raises(ValueError, match="outside the KV cache"):
+        kernels.store_kv(k, k, case.kv_layer, torch.tensor([case.kv_layer.shape[0] * 16]))
 
 
-def test_only_fitting_tensors_go_to_the_native_kernel() -> None:
-    q, kv_layer = torch.zeros(1, 2, 16), torch.zeros(3, 2, 2, 1, 4, 16)[:, 0]
-    assert native.accepts(q, kv_layer)
-    assert not native.accepts(q.bfloat16(), kv_layer.bfloat16())
-    assert not native.accepts(torch.zeros(1, 2, 12), torch.zeros(3, 2, 1, 4, 12))
-    assert not native.accepts(q, torch.zeros(3, 2, 1, 16, 4).transpose(-1, -2))
+@pytest.mark.parametrize("shape", [(1, 16), (5, 64), (3, 7, 576)])
+def test_rms_norm_agrees_with_the_reference(kernels: NativeKernels, shape: tuple[int, ...]) -> None:
+    x, weight = torch.randn(shape) * 5, torch.randn(shape[-1])
+    expected = reference.rms_norm(x, weight, 1e-5)
+    torch.testing.assert_close(kernels.rms_norm(x, weight, 1e-5), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 32), (5, 96), (3, 3072)])
+def test_silu_mul_agrees_with_the_reference(kernels: NativeKernels, shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape) * 20
+    x[0, :4] = torch.tensor([-200.0, -88.0, 88.0, 200.0])
+    torch.testing.assert_close(kernels.silu_mul(x), reference.silu_mul(x), rtol=2e-6, atol=1e-30)
+
+
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(9, 3, 64), (1, 1, 16), (4, 2, 80)])
+def test_rope_agrees_with_the_reference(
+    kernels: NativeKernels, num_heads: int, num_kv_heads: int, head_dim: int
+) -> None:
+    q, k = torch.randn(7, num_heads, head_dim), torch.randn(7, num_kv_heads, head_dim)
+    angles = torch.rand(50, head_dim // 2) * 6
+    positions = torch.tensor([0, 49, 3, 3, 7, 20, 1])
+    expected = reference.rope(q, k, positions, angles.cos(), angles.sin())
+    found = kernels.rope(q, k, positions, angles.cos(), angles.sin())
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match="rotary tables"):
+        kernels.rope(q, k, positions + 1, angles.cos(), angles.sin())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_store_kv_writes_what_the_reference_writes(kernels: NativeKernels, dtype: torch.dtype) -> None:
+    scales = torch.tensor([1.0, 1e-6, 3e4, 1e-8, 7e4]).view(5, 1, 1)
+    k, v = torch.randn(5, 3, 32) * scales, torch.randn(5, 3, 32)
+    k[0, 0, :2] = torch.tensor([torch.nan, torch.inf])
+    slots = torch.tensor([17, -1, 3, 40, 16])
+    ours, theirs = torch.zeros(4, 3, 2, 3, 16, 32, dtype=dtype), torch.zeros(4, 3, 2, 3, 16, 32, dtype=dtype)
+    kernels.store_kv(k, v, ours[:, 1], slots)
+    reference.store_kv(k, v, theirs[:, 1], slots)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_processor_without_an_instruction_set_says_so() -> None:
+    library = kernels_for().library
+    with pytest.raises(NativeUnavailableError, match="has no altivec"):
+        NativeKernels(library, 1, "altivec")
 
 
 def test_a_library_that_is_none_says_so(tmp_path: Path) -> None:
     broken = tmp_path / "kernels.so"
     broken.write_bytes(b"not a library")
-    with pytest.raises(native.NativeUnavailableError, match="does not load"):
+    with pytest.raises(NativeUnavailableError, match="does not load"):
         native.load(broken)
 
 
-def test_the_backend_is_described_in_one_line_that_matches_what_is_installed() -> None:
-    line = ops.describe_backend()
-    assert "\n" not in line
-    assert ("native decode attention" in line) == (native.find_library() is not None)
+def test_the_library_is_built_where_there_is_a_compiler() -> None:
+    assert native.find_library() is not None or shutil.which("c++") is None
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_ops_decode_attention_works_whatever_was_chosen(dtype: torch.dtype) -> None:
-    case = Case([9, 30], 4, 2, 16, 16)
-    q, kv_layer = case.q.to(dtype), case.kv_layer.to(dtype)
-    found = ops.paged_decode_attention(q, kv_layer, case.tables, case.seq_lens, 0.2)
-    expected = reference.paged_decode_attention(q.float(), kv_layer.float(), case.tables, case.seq_lens, 0.2)
-    assert found.dtype == dtype
-    torch.testing.assert_close(found.float(), expected, rtol=2e-2, atol=2e-2)
+@pytest.mark.slow
+def test_without_a_compiler_the_build_succeeds_and_builds_nothing(tmp_path: Path) -> None:
+    """What pip runs at installation, on a machine whose compiler cannot be started."""
+    environment = {**os.environ, "CC": "/nonexistent/cc", "CXX": "/nonexistent/c++"}
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", "out", "--build-temp", "temp"]
+    build = [word if word not in ("out", "temp") else str(tmp_path / word) for word in command]
+    done = subprocess.run(build, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.rglob("*.so")) == []

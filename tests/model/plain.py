@@ -9,6 +9,9 @@ from torch import Tensor
 from model.batch import ForwardBatch
 from model.config import ModelConfig, RopeScaling
 from model.decoder import Decoder
+from model.loader import LoadOptions, load_model
+from model.source import ModelFiles
+from model.torch_decoder import TorchDecoder
 from model.weights import WeightSource
 
 TINY = ModelConfig(
@@ -193,6 +196,13 @@ def batch_of(
 def new_cache(decoder: Decoder, num_sequences: int, num_tokens: int, block_size: int) -> tuple[Tensor, Tensor]:
     """Make a zeroed KV cache and shuffled block tables that hold num_tokens for each sequence."""
     blocks_each = -(-num_tokens // block_size)
-    kv_cache = torch.zeros(decoder.kv_shape(num_sequences * blocks_each + 1, block_size), dtype=decoder.dtype)
+    kv_cache = torch.zeros(decoder.kv_shape(num_sequences * blocks_each + 1, block_size), dtype=decoder.kv_dtype)
     order = torch.randperm(num_sequences * blocks_each, generator=torch.Generator().manual_seed(1))
     return kv_cache, order.view(num_sequences, blocks_each).int()
+
+
+def load_torch(files: ModelFiles, dtype: str = "auto") -> TorchDecoder:
+    """Load for the torch kernels, whose weights can be looked at."""
+    decoder = load_model(files, LoadOptions(dtype=dtype, kernels="torch"))
+    assert isinstance(decoder, TorchDecoder)
+    return decoder

@@ -17,9 +17,9 @@ from model.errors import ModelError, UnsupportedModelError, WeightError
 from model.gguf_file import GgufFile
 from model.gguf_weights import gguf_name
 from model.identity import model_hash
-from model.loader import load_model
+from model.loader import LoadOptions, load_model
 from model.source import ModelFiles, resolve
-from tests.model.plain import TINY, VARIANTS, all_tensors, batch_of, new_cache, plain_logits, tensor_shapes
+from tests.model.plain import TINY, VARIANTS, all_tensors, batch_of, load_torch, new_cache, plain_logits, tensor_shapes
 
 TOKENS = [int(t) for t in torch.randint(0, 97, (30,), generator=torch.Generator().manual_seed(8))]
 # Every row length of this config is a multiple of 256, so that each quantisation type fits.
@@ -79,8 +79,8 @@ def write_gguf(
 
 
 def logits_of(files: ModelFiles) -> Tensor:
-    """Load and run the fixed tokens through the decoder: [T, vocab]."""
-    decoder = load_model(files)
+    """Load exactly and run the fixed tokens through the decoder: [T, vocab]."""
+    decoder = load_model(files, LoadOptions(dtype="float32"))
     kv_cache, tables = new_cache(decoder, 1, 32, 8)
     return decoder.forward(batch_of([(TOKENS, 0)], tables, 8, all_rows=True), kv_cache)
 
@@ -138,7 +138,7 @@ def test_types_that_can_only_be_read_load_too(kind: str, tmp_path: Path) -> None
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    decoder = load_model(resolve(str(tmp_path / "raw.gguf"), tmp_path, print))
+    decoder = load_torch(resolve(str(tmp_path / "raw.gguf"), tmp_path, print))
     assert np.array_equal(decoder.weights.layers[0].down.numpy(), dequantize(raw, quantisation), equal_nan=True)
 
 
@@ -148,9 +148,9 @@ def test_llama3_factors_come_from_the_file(tmp_path: Path) -> None:
     plain = RopeScaling()
     factors = torch.tensor([1.0] * 16 + [8.0] * 16)
     files = write_gguf(tmp_path / "m.gguf", "llama", config, tensors, extra={"rope_freqs.weight": factors})
-    decoder = load_model(files)
+    decoder = load_torch(files)
     assert decoder.config.rope_scaling.kind == "tensor"
-    unscaled = load_model(write_gguf(tmp_path / "n.gguf", "llama", config, tensors))
+    unscaled = load_torch(write_gguf(tmp_path / "n.gguf", "llama", config, tensors))
     assert unscaled.config.rope_scaling == plain
     assert torch.equal(decoder._cos[:, :16], unscaled._cos[:, :16])
     torch.testing.assert_close(decoder._cos[80, 16:], unscaled._cos[10, 16:], rtol=0, atol=1e-5)
@@ -203,7 +203,7 @@ def test_a_missing_misshaped_or_extra_tensor_is_named(tmp_path: Path) -> None:
         load_model(write_gguf(tmp_path / "c.gguf", "llama", config, tensors, extra=bias))
     integers = {"output_norm.weight": torch.zeros(256, dtype=torch.int32)}
     no_norm = {name: tensor for name, tensor in tensors.items() if name != "model.norm.weight"}
-    with pytest.raises(WeightError, match="'output_norm.weight' is of type I32, which the gguf package cannot"):
+    with pytest.raises(WeightError, match="'output_norm.weight' is of type I32, which cannot be"):
         load_model(write_gguf(tmp_path / "d.gguf", "llama", config, no_norm, extra=integers))
 
 

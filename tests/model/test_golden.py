@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from model.decoder import Decoder
-from model.loader import load_model
+from model.loader import LoadOptions, load_model
 from model.source import resolve
 from tests.golden.export_safetensors import export_safetensors
-from tests.model.plain import batch_of, new_cache
+from tests.kernels.native_cases import kernels_for
+from tests.model.plain import batch_of, load_torch, new_cache
 
 pytestmark = pytest.mark.model
 
@@ -27,10 +28,12 @@ BLOCK = 16
 LOGIT_TOLERANCE = 1e-4
 
 
-@pytest.fixture(scope="module")
-def decoder(cache_dir: Path) -> Decoder:
-    """Load the real model once."""
-    return load_model(resolve("smollm2", cache_dir, print))
+@pytest.fixture(scope="module", params=["native", "torch"])
+def decoder(request: pytest.FixtureRequest, cache_dir: Path) -> Decoder:
+    """Load the real model in float32, for either kind of kernels."""
+    if request.param == "native":
+        kernels_for()
+    return load_model(resolve("smollm2", cache_dir, print), LoadOptions(dtype="float32", kernels=request.param))
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +88,10 @@ def test_logits_agree_with_the_golden_ones(name: str, decoder: Decoder) -> None:
     assert logit_error(answer, entry) < LOGIT_TOLERANCE
 
 
-def test_a_safetensors_copy_holds_the_same_weights(decoder: Decoder, cache_dir: Path, tmp_path: Path) -> None:
-    folder = export_safetensors(resolve("smollm2", cache_dir, print).path, tmp_path)
-    copy = load_model(resolve(str(folder), tmp_path, print))
+def test_a_safetensors_copy_holds_the_same_weights(cache_dir: Path, tmp_path: Path) -> None:
+    files = resolve("smollm2", cache_dir, print)
+    decoder = load_torch(files)
+    copy = load_torch(resolve(str(export_safetensors(files.path, tmp_path)), tmp_path, print))
     assert copy.config.eos_token_ids == decoder.config.eos_token_ids
     assert copy.config.rms_eps == pytest.approx(decoder.config.rms_eps, rel=1e-6)
     assert torch.equal(copy.weights.embedding, decoder.weights.embedding)

@@ -13,9 +13,10 @@ from model.config import ModelConfig
 from model.dummy_weights import DummyWeights
 from model.errors import ModelError, WeightError
 from model.identity import model_hash
-from model.loader import load_model
+from model.loader import LoadOptions, load_model
 from model.source import ModelFiles, resolve
-from tests.model.plain import TINY, VARIANTS, all_tensors, hf_config
+from model.torch_decoder import TorchDecoder
+from tests.model.plain import TINY, VARIANTS, all_tensors, hf_config, load_torch
 
 
 def write_model(folder: Path, config: ModelConfig, tensors: dict[str, Tensor], num_shards: int) -> ModelFiles:
@@ -45,7 +46,9 @@ def test_shards_load_to_the_weights_that_were_written(variant: str, num_shards: 
     config = VARIANTS[variant]
     written = tiny_tensors(config)
     calls: list[tuple[int, int, str]] = []
-    decoder = load_model(write_model(tmp_path, config, written, num_shards), progress=lambda *call: calls.append(call))
+    files = write_model(tmp_path, config, written, num_shards)
+    decoder = load_model(files, LoadOptions(kernels="torch"), lambda *call: calls.append(call))
+    assert isinstance(decoder, TorchDecoder)
     assert torch.equal(decoder.weights.embedding, written["model.embed_tokens.weight"])
     layer, prefix = decoder.weights.layers[1], "model.layers.1."
     parts = [written[f"{prefix}self_attn.{name}_proj.weight"] for name in "qkv"]
@@ -61,10 +64,10 @@ def test_shards_load_to_the_weights_that_were_written(variant: str, num_shards: 
 
 def test_narrow_weights_widen_on_request_and_wide_ones_narrow(tmp_path: Path) -> None:
     files = write_model(tmp_path, TINY, {name: t.bfloat16() for name, t in tiny_tensors().items()}, 1)
-    assert load_model(files).dtype == torch.float32
-    assert load_model(files, dtype="float16").weights.layers[0].down.dtype == torch.float16
+    assert load_torch(files).dtype == torch.float32
+    assert load_torch(files, "float16").weights.layers[0].down.dtype == torch.float16
     with pytest.raises(ModelError, match=r"dtype 'int4' is not supported \(supported: auto, float32"):
-        load_model(files, dtype="int4")
+        load_model(files, LoadOptions(dtype="int4"))
 
 
 @pytest.mark.parametrize(
