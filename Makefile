@@ -40,8 +40,8 @@ lint: env-dev ## formatting, lint rules and types
 
 check: lint test ## everything a change must pass
 
-bench: env ## measure the server that runs on PORT, or start one
-	@$(BIN)/python -m bench $(ARGS)
+bench: env ## measure in under five minutes: a server of its own, or ARGS='--url URL'; writes bench-report/
+	@$(BIN)/baton bench small $(ARGS)
 
 clean: ## remove the environment and everything built
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

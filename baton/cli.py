@@ -4,6 +4,8 @@
 2. Merge the sources, compose the role's config, find its model; anything wrong is one line and exit code 2.
 3. Import the role's module, only now, so that the router starts without torch, and run it until it ends.
 
+`bench` is no role: it has options of its own, no BATON_ variables and no file, and everything is handed to `bench/`.
+
 Exit codes: 0 drained, 1 failed, 2 a configuration, model or secret that cannot be used.
 """
 
@@ -33,6 +35,7 @@ SUMMARIES = {
     "decode": "run one decode worker",
     "colocated": "run one worker that prefills and decodes",
 }
+BENCH = "bench"
 DISTRIBUTION = "baton-serve"
 _MODEL_HELP = (
     "directory of safetensors, .gguf file, hub id ORG/NAME[@REVISION], dummy:CONFIG for random weights, "
@@ -42,6 +45,11 @@ _MODEL_HELP = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code of the process."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] == BENCH:
+        from bench.cli import main as run_bench
+
+        return run_bench(arguments[1:])
     parsed = vars(build_parser().parse_args(arguments))
     role = parsed.pop("role")
     file = parsed.pop("config", None) or config.environment().get("BATON_CONFIG")
@@ -83,6 +91,8 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("model", metavar="MODEL", nargs="?", help=_MODEL_HELP)
         command.add_argument("--config", metavar="FILE", help="YAML file of options (BATON_CONFIG)")
         _add_options(command, role)
+    # Listed only: `main` hands the command over before this parser sees its options.
+    commands.add_parser(BENCH, help="measure a server's latencies over OpenAI HTTP", add_help=False)
     return parser
 
 

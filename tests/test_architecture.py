@@ -30,7 +30,9 @@ ALLOWED: dict[str, frozenset[str]] = {
     "engine": frozenset({"protocol", "model", "kernels"}),
     "prefill": frozenset({"protocol", "kvtransfer", "engine"}),
     "decode": frozenset({"protocol", "kvtransfer", "engine"}),
-    "baton": frozenset({"protocol", "kernels", "model", "kvtransfer", "router", "engine", "prefill", "decode"}),
+    "baton": frozenset(
+        {"protocol", "kernels", "model", "kvtransfer", "router", "engine", "prefill", "decode", "bench"}
+    ),
     "bench": frozenset({"protocol"}),
 }
 # Parts of a folder that may import more than the rest of it.

@@ -1,0 +1,191 @@
+"""What is compared: which servers meet in which workload, and the targets that follow.
+
+    scenario = one workload + the servers that take turns at it + where the client runs
+    target   = a figure of one of them, or its ratio to another's, and a bound
+
+One core against one core: a peer is pinned to the core on which Baton's worker for that phase runs, and the client runs
+on the other one, as Baton's router may. What a peer does on its one core besides computing (HTTP, sampling, text) Baton
+does on the other; README and results say so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Final
+
+from bench.peers.recipes import Cores
+from bench.peers.results import Measure, Target
+from bench.workloads.closed import Closed
+from bench.workloads.interference import Interference
+from bench.workloads.plan import Workload
+
+SPLIT: Final = "Baton Q4_0 split"
+SPLIT_Q4_1: Final = "Baton Q4_1 split"
+COLOCATED: Final = "Baton Q4_0 colocated"
+COLOCATED_1: Final = "Baton Q4_0 colocated, 1 thread"
+LLAMA_1: Final = "llama Q4_0 1 core"
+LLAMA_1_Q4_1: Final = "llama Q4_1 1 core"
+LLAMA_1_PREFILL: Final = "llama Q4_0 1 core, first"
+LLAMA_TUNED: Final = "llama Q4_0 tuned"
+LLAMA: Final = "llama Q4_0 default"
+VLLM_TUNED: Final = "vLLM tuned"
+VLLM: Final = "vLLM default"
+TRANSFORMERS: Final = "transformers"
+MAKE_SERVE: Final = "make serve"
+
+TUNED_PEERS: Final = (LLAMA_TUNED, VLLM_TUNED)
+_LONG_TOKENS: Final = 1500
+_BUSY_SHARE: Final = 0.7
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """Servers that take turns at one workload.
+
+    Attributes:
+        recipes: labels, in the order of odd rounds; even rounds go backwards.
+        workload: None measures the start of the server alone, which is then started anew in every round.
+        client_cores: what the load generator is pinned to.
+        figures: shown for every server, with the phase of the workload that each is read from.
+    """
+
+    name: str
+    recipes: tuple[str, ...]
+    workload: Workload | None
+    client_cores: tuple[int, ...]
+    figures: tuple[tuple[str, str | None], ...]
+
+
+def scenarios(cores: Cores, window_s: float) -> dict[str, Scenario]:
+    """Return every scenario by its name; `window_s` is the length of each phase of the interference ones."""
+    on_prefill, on_decode = (cores.prefill,), (cores.decode,)
+    beside = Interference(long_tokens=_LONG_TOKENS, every_s=10.0, window_s=window_s)
+    interference = (
+        ("steady ITL p50 ms", "alone"),
+        ("steady ITL p99 ms", "alone"),
+        ("steady tokens/s", "alone"),
+        ("steady ITL p50 ms", "arrivals"),
+        ("steady ITL p99 ms", "arrivals"),
+        ("steady ITL max ms", "arrivals"),
+        ("steady tokens/s", "arrivals"),
+        ("long TTFT ms", "arrivals"),
+    )
+    made = [
+        Scenario(
+            "one-stream",
+            (SPLIT, LLAMA_1, SPLIT_Q4_1, LLAMA_1_Q4_1),
+            Closed(concurrency=1, requests=3, prompt_tokens=128, output_tokens=128),
+            on_prefill,
+            (("TPOT ms", None),),
+        ),
+        Scenario(
+            "eight-streams",
+            (SPLIT, LLAMA_1),
+            Closed(concurrency=8, requests=8, prompt_tokens=32, output_tokens=160),
+            on_prefill,
+            (("decode tokens/s", None), ("TPOT ms", None)),
+        ),
+        Scenario(
+            "prefill",
+            (SPLIT, LLAMA_1_PREFILL, COLOCATED_1),
+            Closed(concurrency=1, requests=6, prompt_tokens=512, output_tokens=1),
+            on_decode,
+            (("prefill tokens/s", None), ("TTFT ms", None)),
+        ),
+        Scenario("interference", (SPLIT, *TUNED_PEERS, COLOCATED), beside, cores.both, interference),
+        Scenario("interference-defaults", (SPLIT, LLAMA, VLLM, TRANSFORMERS), beside, cores.both, interference),
+        Scenario("interference-busy", (SPLIT,), beside, cores.both, interference),
+        Scenario(
+            "router",
+            (SPLIT,),
+            Closed(concurrency=64, requests=64, prompt_tokens=16, output_tokens=64),
+            cores.both,
+            (("router us/token", None),),
+        ),
+        Scenario("start", (MAKE_SERVE,), None, cores.both, (("start s", None),)),
+    ]
+    return {scenario.name: scenario for scenario in made}
+
+
+def long_prompt_alone() -> Workload:
+    """Return the workload that tells how long a long prompt takes on an idle server."""
+    return Closed(concurrency=1, requests=3, prompt_tokens=_LONG_TOKENS, output_tokens=1)
+
+
+def with_busy_arrivals(scenario: Scenario, prompt_s: float) -> Scenario:
+    """Return `interference-busy` with prompts arriving so often that they keep the prefill core 70 % busy.
+
+    Args:
+        scenario: it, before that is known.
+        prompt_s: how long one long prompt takes alone.
+    """
+    if not isinstance(scenario.workload, Interference):
+        raise TypeError(f"{scenario.name} has no arrivals")
+    return replace(scenario, workload=replace(scenario.workload, every_s=round(prompt_s / _BUSY_SHARE, 2)))
+
+
+def targets() -> list[Target]:
+    """Return the targets in the order of the table."""
+    one, eight, prefill, beside = "one-stream", "eight-streams", "prefill", "interference"
+
+    def ratio(what: str, above: Measure, recipe: str, bound: float, *, is_at_most: bool = True) -> Target:
+        return Target(what, above, replace(above, recipe=recipe), bound, is_at_most)
+
+    def with_arrivals(what: str, scenario: str) -> Target:
+        above = Measure(scenario, SPLIT, "steady ITL p99 ms", "arrivals")
+        return Target(what, above, replace(above, phase="alone"), 1.15)
+
+    made = [
+        ratio("TPOT, 1 stream: Baton Q4_0 / llama Q4_0, 1 core", Measure(one, SPLIT, "TPOT ms"), LLAMA_1, 0.6),
+        ratio("TPOT, 1 stream: Baton Q4_1 / llama Q4_0, 1 core", Measure(one, SPLIT_Q4_1, "TPOT ms"), LLAMA_1, 0.6),
+        ratio(
+            "TPOT, 1 stream: Baton Q4_1 / llama Q4_1 (same file), 1 core",
+            Measure(one, SPLIT_Q4_1, "TPOT ms"),
+            LLAMA_1_Q4_1,
+            0.5,
+        ),
+        ratio(
+            "decode tokens/s, 8 streams: Baton Q4_0 / llama Q4_0, 1 core",
+            Measure(eight, SPLIT, "decode tokens/s"),
+            LLAMA_1,
+            1.5,
+            is_at_most=False,
+        ),
+        ratio(
+            "prefill tokens/s, 512 tokens: Baton Q4_0 / llama Q4_0, 1 core",
+            Measure(prefill, SPLIT, "prefill tokens/s"),
+            LLAMA_1_PREFILL,
+            2.0,
+            is_at_most=False,
+        ),
+        with_arrivals("steady ITL p99, Baton split: with prompts each 10 s / alone", beside),
+        with_arrivals("steady ITL p99, Baton split: prefill core 70 % busy / alone", "interference-busy"),
+    ]
+    for peer in TUNED_PEERS:
+        made += [
+            ratio(
+                f"steady ITL p99 beside prompts: Baton split / {peer}",
+                Measure(beside, SPLIT, "steady ITL p99 ms", "arrivals"),
+                peer,
+                0.15,
+            ),
+            ratio(
+                f"steady tokens/s beside prompts: Baton split / {peer}",
+                Measure(beside, SPLIT, "steady tokens/s", "arrivals"),
+                peer,
+                1.0,
+                is_at_most=False,
+            ),
+            ratio(
+                f"TTFT of the long prompts: Baton split / {peer}",
+                Measure(beside, SPLIT, "long TTFT ms", "arrivals"),
+                peer,
+                1.0,
+            ),
+        ]
+    return [
+        *made,
+        ratio("TTFT, 512 tokens, idle: Baton split / colocated", Measure(prefill, SPLIT, "TTFT ms"), COLOCATED_1, 1.05),
+        Target("router CPU us per token, 64 streams", Measure("router", SPLIT, "router us/token"), None, 60.0),
+        Target("start of `make serve`, s", Measure("start", MAKE_SERVE, "start s"), None, 4.0),
+    ]
