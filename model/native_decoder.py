@@ -47,7 +47,8 @@ class NativeDecoder:
         self.arithmetic = "float32" if is_exact else f"{formats} by int8"
         # The rounding of activations dwarfs that of half-precision KV, which halves what is stored and sent.
         self.kv_dtype = torch.float32 if is_exact else torch.float16
-        self.backend = f"one native call per step ({kernels.instruction_set}), weights in {formats}"
+        kept = "exact float32" if is_exact else f"{formats} by int8 activations"
+        self.backend = f"one native call per step, {kernels.instruction_set} (the best this processor has), {kept}"
         self._step = NativeStep(kernels, packed)
 
     def kv_shape(self, num_blocks: int, block_size: int) -> tuple[int, ...]:

@@ -32,6 +32,13 @@ def safetensors_copy(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return export_safetensors(gguf, folder, Tokenizer(gguf).to_json())
 
 
+@pytest.fixture(scope="module")
+def exact(gguf: Path, cache_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A disaggregated server that computes in float32."""
+    with serving("smollm2", tmp_path_factory.mktemp("exact"), cache_dir, "--dtype", "float32") as server:
+        yield server
+
+
 @pytest.fixture(params=[(m, f) for m in ("disaggregated", "colocated") for f in ("gguf", "safetensors")], ids="-".join)
 def any_server(
     request: pytest.FixtureRequest, gguf: Path, safetensors_copy: Path, cache_dir: Path, tmp_path: Path
@@ -39,7 +46,8 @@ def any_server(
     """Every combination of mode and file format."""
     mode, file_format = request.param
     model = gguf if file_format == "gguf" else safetensors_copy
-    with serving(str(model), tmp_path, cache_dir, "--mode", mode, "--served-model-name", "smollm2") as server:
+    options = ("--mode", mode, "--served-model-name", "smollm2", "--dtype", "float32")
+    with serving(str(model), tmp_path, cache_dir, *options) as server:
         yield server
 
 
@@ -75,25 +83,47 @@ def test_the_golden_prompts_are_what_they_claim_to_be(golden: list[dict[str, Any
     assert any(a[:600] == b[:600] for i, a in enumerate(prompts) for b in prompts[:i] if len(a) > 600 < len(b))
 
 
-async def test_disaggregated_eight_at_once(disaggregated: Server, golden: list[dict[str, Any]]) -> None:
-    answers = await _answers(disaggregated, golden, 8)
+async def test_disaggregated_eight_at_once(exact: Server, golden: list[dict[str, Any]]) -> None:
+    answers = await _answers(exact, golden, 8)
     _check(answers, golden)
     _check_logprobs(answers, golden)
 
 
-async def test_disaggregated_one_by_one(disaggregated: Server, golden: list[dict[str, Any]]) -> None:
-    _check(await _answers(disaggregated, golden[:NUM_SHORT], 1), golden[:NUM_SHORT])
+async def test_disaggregated_one_by_one(exact: Server, golden: list[dict[str, Any]]) -> None:
+    _check(await _answers(exact, golden[:NUM_MIDDLE], 1), golden[:NUM_MIDDLE])
 
 
-async def test_colocated_eight_at_once(colocated: Server, golden: list[dict[str, Any]]) -> None:
-    _check(await _answers(colocated, golden[:NUM_MIDDLE], 8), golden[:NUM_MIDDLE])
+async def test_colocated_eight_at_once(
+    gguf: Path, cache_dir: Path, golden: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    with serving("smollm2", tmp_path, cache_dir, "--mode", "colocated", "--dtype", "float32") as server:
+        _check(await _answers(server, golden[:NUM_MIDDLE], 8), golden[:NUM_MIDDLE])
 
 
 async def test_a_safetensors_copy_eight_at_once(
     cache_dir: Path, safetensors_copy: Path, golden: list[dict[str, Any]], tmp_path: Path
 ) -> None:
+    # Floats in the file: float32 is the default here.
     with serving(str(safetensors_copy), tmp_path, cache_dir, "--served-model-name", "smollm2") as server:
         _check(await _answers(server, golden[:NUM_MIDDLE], 8), golden[:NUM_MIDDLE])
+
+
+async def test_torch_kernels_give_the_golden_tokens_too(
+    gguf: Path, cache_dir: Path, golden: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    with serving("smollm2", tmp_path, cache_dir, "--kernels", "torch") as server:
+        _check(await _answers(server, golden[:NUM_SHORT], 4), golden[:NUM_SHORT])
+
+
+async def test_quantised_tokens_are_the_same_alone_eight_at_once_and_colocated(
+    disaggregated: Server, colocated: Server, golden: list[dict[str, Any]]
+) -> None:
+    """The default arithmetic rounds, but always in the same way: nothing depends on batch, chunk, phase or mode."""
+    short = golden[:NUM_MIDDLE]
+    runs = [await _answers(*run) for run in ((disaggregated, short, 8), (disaggregated, short, 1))]
+    runs.append(await _answers(colocated, short, 8))
+    first, *others = ([answer["token_ids"] for answer in answers] for answers in runs)
+    assert all(other == first for other in others)
 
 
 @pytest.mark.matrix

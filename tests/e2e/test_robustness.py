@@ -143,7 +143,7 @@ async def test_a_dry_pool_preempts_and_loses_nothing(cache_dir: Path, gguf: Path
 async def test_a_stream_survives_the_death_of_its_decode_worker_token_for_token(
     cache_dir: Path, gguf: Path, tmp_path: Path
 ) -> None:
-    body = completion("The longest road in the country", max_tokens=48, ignore_eos=True, temperature=1.0, seed=11)
+    body = completion("The longest road in the country", max_tokens=320, ignore_eos=True, temperature=1.0, seed=11)
     with serving("smollm2", tmp_path, cache_dir, "--decode", "2") as server:
         async with session() as http:
             expected = (await complete(http, server.url, body))["token_ids"]

@@ -15,8 +15,9 @@ from tests.e2e.server import Server, wait_until
 pytestmark = [pytest.mark.e2e, pytest.mark.model, pytest.mark.ucx]
 
 BLOCK_SIZE = 16
-# 30 layers, keys and values, 3 heads of 64 float32 numbers, 16 tokens.
-BLOCK_BYTES = 30 * 2 * 3 * 64 * 4 * BLOCK_SIZE
+# 30 layers, keys and values, 3 heads of 64 float16 numbers, 16 tokens.
+BLOCK_BYTES = 30 * 2 * 3 * 64 * 2 * BLOCK_SIZE
+QUESTION = "The capital of France is which city? Answer in one word."
 BYTES_METRIC = 'baton_kv_transfer_bytes_total{transport="ucx"}'
 
 
@@ -29,7 +30,7 @@ async def test_the_openai_client_streams_a_chat_token_by_token(disaggregated: Se
     client = openai.AsyncOpenAI(base_url=f"{disaggregated.url}/v1", api_key="unused")
     events = await client.chat.completions.create(
         model="smollm2",
-        messages=[{"role": "user", "content": "What is the capital of France?"}],
+        messages=[{"role": "user", "content": QUESTION}],
         temperature=0,
         max_tokens=40,
         stream=True,
