@@ -22,7 +22,6 @@ import msgspec
 # After [DONE] the body's own end follows at once; waiting for it lets the connection be used again.
 _END_BUDGET_S: Final = 0.5
 # Servers close idle connections, some after five seconds: give them up sooner, or a request meets a closing one.
-_IDLE_S: Final = 2.0
 _SHOWN_BODY_CHARS: Final = 200
 
 
@@ -131,6 +130,9 @@ class Reply:
             return
         self.has_finish_reason = self.has_finish_reason or choice.finish_reason is not None
         text, is_token = _text_of(choice)
+        if not text and choice.finish_reason is not None and any(n < 0 for n in self.chunk_tokens):
+            # The closing event of a server that counts only there: the count is the total, which `settle` spreads.
+            return
         if count is not None and count <= 0:
             # The rest of an earlier token's text, or a server that counts only at the end: `settle` knows which.
             if not text:
@@ -205,7 +207,8 @@ def new_session(budgets: Budgets, api_key: str | None = None) -> aiohttp.ClientS
     # A compressed stream would arrive in lumps.
     headers = {"Accept-Encoding": "identity", **({"Authorization": f"Bearer {api_key}"} if api_key else {})}
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_S),
+        # A connection for each request: llama-server closes kept ones without a word after an answer of one token.
+        connector=aiohttp.TCPConnector(limit=0, force_close=True),
         timeout=aiohttp.ClientTimeout(
             total=budgets.request_s, sock_connect=budgets.connect_s, sock_read=budgets.silence_s
         ),

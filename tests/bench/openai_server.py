@@ -5,6 +5,7 @@
 | plain | one token a chunk, usage and [DONE] at the end |
 | counting | the same with running usage in every chunk |
 | pairs | two tokens a chunk, counted only at the end |
+| closing-count | one token a chunk, counted only in the event with the finish reason |
 | torn | CR LF, comments, and every byte written by itself |
 | greeting | chat: a chunk with the role and no text before the first token |
 | control | every third token shows no text |
@@ -125,8 +126,11 @@ class _Stream:
             await asyncio.sleep(30)
 
     async def _end(self) -> None:
-        await self._event(self._chunk("", finish_reason="length", num_tokens=self._body["max_tokens"]))
-        if self._model != "no-usage":
+        last = self._chunk("", finish_reason="length", num_tokens=self._body["max_tokens"])
+        if self._model == "closing-count":
+            last["usage"] = self._usage(self._body["max_tokens"])
+        await self._event(last)
+        if self._model not in ("no-usage", "closing-count"):
             await self._event({"choices": [], "usage": self._usage(self._body["max_tokens"])})
         if self._model != "no-done":
             await self._write(b"data: [DONE]\n\n")

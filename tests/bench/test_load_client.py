@@ -59,7 +59,7 @@ def test_events_are_the_same_however_the_stream_is_cut(seed: int) -> None:
 # --- replies ---
 
 
-@pytest.mark.parametrize("model", ["plain", "counting", "torn", "no-done", "control"])
+@pytest.mark.parametrize("model", ["plain", "counting", "closing-count", "torn", "no-done", "control"])
 async def test_a_stream_gives_one_chunk_a_token(server: OpenAiServer, model: str) -> None:
     reply = await ask(server, model)
     assert reply.error is None
