@@ -1,0 +1,1 @@
+"""Each kernel beside its floor: bytes over measured bandwidth, or operations over measured peak."""
