@@ -27,8 +27,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import aiohttp
+from urllib.parse import urlsplit
 
 from baton.config import ResolvedModel, ServeConfig, child_environment, computes_on_gpu, resolve_model
 from baton.cores import WorkerCores
@@ -40,11 +39,13 @@ from protocol.errors import ConfigError
 
 BACKLOG = 1024
 SECRET_BYTES = 32
-HEALTH_EVERY_S = 0.1
+HEALTH_EVERY_S = 0.05
 HEALTH_BUDGET_S = 2.0
 KILL_GRACE_S = 2.0
 ROUTER_STAGE = 0
 WORKER_STAGE = 1
+# numpy's BLAS threads spin from the moment of its import, on cores that the start needs, and are never used here.
+CHILD_DEFAULTS = {"OPENBLAS_NUM_THREADS": "1"}
 ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
@@ -188,8 +189,9 @@ async def supervise(config: ServeConfig, specs: tuple[ChildSpec, ...], sockets: 
     startup = new_startup([spec.name for spec in specs])
     started_s = time.monotonic()
     sockets.listen()
-    supervisor = Supervisor(specs, startup.on_line, child_environment())
+    supervisor = Supervisor(specs, startup.on_line, CHILD_DEFAULTS | child_environment())
     supervisor.start()
+    await asyncio.sleep(0)  # the children are on their way before the display takes time to come up
     try:
         url = _reachable_url(sockets.http)
         if await _until_ready(supervisor, startup, url, stop):
@@ -238,25 +240,39 @@ async def _until_ready(supervisor: Supervisor, startup: Startup, url: str, stop:
 
 async def _healthy(url: str) -> None:
     """Return once the router answers /health with 200."""
-    budget = aiohttp.ClientTimeout(total=HEALTH_BUDGET_S)
-    async with aiohttp.ClientSession(timeout=budget) as session:
-        while True:
-            with contextlib.suppress(aiohttp.ClientError, TimeoutError):
-                async with session.get(f"{url}/health") as response:
-                    if response.status == 200:
-                        return
-            await asyncio.sleep(HEALTH_EVERY_S)
+    while True:
+        with contextlib.suppress(OSError, TimeoutError, ValueError):
+            if (await _get(url, "/health"))[0] == 200:
+                return
+        await asyncio.sleep(HEALTH_EVERY_S)
+
+
+async def _get(url: str, path: str) -> tuple[int, bytes]:
+    """Ask our router; give status and body. An HTTP client would take longer to import than a worker to link.
+
+    Raises OSError, TimeoutError, or ValueError for an answer that is none.
+    """
+    address = urlsplit(url)
+    async with asyncio.timeout(HEALTH_BUDGET_S):
+        reader, writer = await asyncio.open_connection(address.hostname, address.port)
+        try:
+            # HTTP/1.0: the answer ends where the connection does.
+            writer.write(f"GET {path} HTTP/1.0\r\nHost: {address.netloc}\r\n\r\n".encode())
+            head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+        finally:
+            writer.close()
+    status = head.split(maxsplit=2)[1:2]
+    if not head.startswith(b"HTTP/") or not status:
+        raise ValueError(f"no HTTP answer: {head[:100]!r}")
+    return int(status[0]), body
 
 
 async def _backends(url: str) -> list[str]:
     """Ask the router which kernels its workers run, one line per kind; empty when it does not tell in time."""
-    budget = aiohttp.ClientTimeout(total=HEALTH_BUDGET_S)
-    async with aiohttp.ClientSession(timeout=budget) as session:
-        try:
-            async with session.get(f"{url}/census") as response:
-                workers = (await response.json())["workers"]
-        except (aiohttp.ClientError, TimeoutError, ValueError, KeyError):
-            return []
+    try:
+        workers = json.loads((await _get(url, "/census"))[1])["workers"]
+    except (OSError, TimeoutError, ValueError, KeyError):
+        return []
     return sorted({str(worker["backend"]) for worker in workers if worker.get("backend")})
 
 

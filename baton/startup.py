@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Protocol, TextIO
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.live import Live
+    from rich.spinner import Spinner
 
 PLAIN_REPORT_EVERY_S = 5.0
 REFRESHES_PER_S = 8.0
@@ -78,30 +80,34 @@ class LiveStartup:
     """A spinner per child with the seconds since the start and the child's latest line."""
 
     def __init__(self, names: Sequence[str], stream: TextIO) -> None:
+        self._stream = stream
+        self._latest = dict.fromkeys(names, "starting")
+        self._started_s = time.monotonic()
+        self._spinners: dict[str, Spinner] = {}
+        self._live: Live | None = None
+        self._is_over = False
+
+    def on_line(self, name: str, line: str) -> None:
+        """Show the line as the child's latest, or print it once the start is over."""
+        if not self._is_over:
+            self._latest[name] = line
+        elif self._live is not None:
+            self._live.console.print(f"[{name}] {line}", markup=False)
+
+    def __enter__(self) -> LiveStartup:
+        """Draw the table. What draws is imported here, while the children start."""
         from rich.console import Console
         from rich.live import Live
         from rich.spinner import Spinner
         from rich.text import Text
 
-        self._console = Console(file=stream, highlight=False, soft_wrap=True)
-        self._latest = dict.fromkeys(names, "starting")
-        self._spinners = {name: Spinner("dots", Text(name)) for name in names}
-        self._started_s = time.monotonic()
-        self._live: Live | None = Live(
-            get_renderable=self._table, console=self._console, refresh_per_second=REFRESHES_PER_S, transient=True
+        self._spinners = {name: Spinner("dots", Text(name)) for name in self._latest}
+        self._live = Live(
+            get_renderable=self._table,
+            console=Console(file=self._stream, highlight=False, soft_wrap=True),
+            refresh_per_second=REFRESHES_PER_S,
+            transient=True,
         )
-
-    def on_line(self, name: str, line: str) -> None:
-        """Show the line as the child's latest, or print it once the start is over."""
-        if self._live is not None:
-            self._latest[name] = line
-        else:
-            self._console.print(f"[{name}] {line}", markup=False)
-
-    def __enter__(self) -> LiveStartup:
-        """Draw the table."""
-        assert self._live is not None
-        self._started_s = time.monotonic()
         self._live.start(refresh=True)
         return self
 
@@ -111,7 +117,7 @@ class LiveStartup:
         """Wipe the table."""
         if self._live is not None:
             self._live.stop()
-            self._live = None
+        self._is_over = True
 
     def _table(self) -> RenderableType:
         from rich.table import Table

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import socket
@@ -120,6 +121,8 @@ async def run(config: RouterConfig) -> int:
         loop.add_signal_handler(number, on_signal)
     try:
         await router.start()
+        # What is there now stays: a collection that walks through it would hold up every stream for tens of ms.
+        gc.freeze()
         assert router.clock is not None
         await _first_of(stop.wait(), asyncio.shield(router.clock))
         if router.clock.done():

@@ -9,6 +9,8 @@ import itertools
 import secrets
 from dataclasses import dataclass
 
+import msgspec
+
 from protocol.errors import RequestFailed
 from protocol.request import FinishReason, SamplingParams, TokenRow
 from protocol.wire import FirstToken, Message, Prefill, Reserve
@@ -68,9 +70,11 @@ class Placed:
     epoch: int
 
 
-@dataclass(frozen=True, slots=True)
-class Deliver:
-    """Instruction: give a token to the client; `first` tells about its prefill where it came with one."""
+class Deliver(msgspec.Struct, frozen=True):
+    """Instruction: give a token to the client; `first` tells about its prefill where it came with one.
+
+    There is one for every token: a Struct is made in a fifth of the time that a frozen dataclass takes.
+    """
 
     request_id: int
     row: TokenRow

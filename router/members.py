@@ -31,6 +31,7 @@ class Worker:
     """One registered worker and what it last said. Owned by the registry.
 
     Attributes:
+        key: its identity; the same object for as long as it is here.
         links: prefill workers that a decode worker can receive from.
         progressed_s: when its compute thread last moved, or had nothing to do.
     """
@@ -43,11 +44,10 @@ class Worker:
     stats: WorkerStats = field(default_factory=WorkerStats)
     links: frozenset[WorkerKey] = frozenset()
     is_draining: bool = False
+    key: WorkerKey = field(init=False)
 
-    @property
-    def key(self) -> WorkerKey:
-        """Its identity."""
-        return WorkerKey(self.registration.worker_id, self.registration.instance)
+    def __post_init__(self) -> None:
+        self.key = WorkerKey(self.registration.worker_id, self.registration.instance)
 
     @property
     def role(self) -> Role:

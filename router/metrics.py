@@ -3,6 +3,7 @@
 Every observation is made once, under a `baton_` name. The `vllm:` names that dashboards and load generators know are
 the same numbers, renamed when they are read. Counters of workers are added up by difference, so that they keep growing
 when a worker restarts. Bucket edges include the latency objectives, so that attainment can be read off exactly.
+What is counted for every token is kept in plain numbers and becomes metrics when they are read.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from prometheus_client.registry import Collector
 from protocol.request import FinishReason
 from protocol.timeline import Timeline
 from protocol.wire import FirstToken, Role, WorkerStats
+from router.histogram import TokenHistogram
 from router.members import Registry, Worker
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
@@ -53,6 +55,7 @@ class Metrics:
         self._aliases: list[tuple[str, Collector]] = []
         self._known: OrderedDict[str, _Known] = OrderedDict()
         self._gone: deque[tuple[str, str]] = deque()
+        self._num_new_tokens = 0
         self._request_metrics()
         self._token_metrics()
         self._worker_metrics()
@@ -88,8 +91,10 @@ class Metrics:
         self._waiting = self._gauge("baton_num_requests_waiting", "Requests without.", "vllm:num_requests_waiting")
 
     def _token_metrics(self) -> None:
-        self._itl = self._histogram("baton_inter_token_latency_seconds", "Gap between two tokens.", _SHORT,
-                                    "vllm:inter_token_latency_seconds")  # fmt: skip
+        self._itl = TokenHistogram("baton_inter_token_latency_seconds", "Gap between two tokens.",
+                                   {"model_name": self._model[0]}, _SHORT)  # fmt: skip
+        self._registry.register(self._itl)
+        self._aliases.append(("vllm:inter_token_latency_seconds", self._itl))
         self._tpot = self._histogram("baton_time_per_output_token_seconds", "Mean gap of a request.", _SHORT,
                                      "vllm:request_time_per_output_token_seconds")  # fmt: skip
         self._prompt_tokens = self._count("baton_prompt_tokens", "Prompt tokens.", "vllm:prompt_tokens")
@@ -130,7 +135,7 @@ class Metrics:
 
     def token(self, timeline: Timeline, gap_s: float | None) -> None:
         """Count an output token, already recorded in its timeline."""
-        self._output_tokens.inc()
+        self._num_new_tokens += 1
         if gap_s is not None:
             self._itl.observe(gap_s)
         elif timeline.ttft_s is not None:
@@ -223,6 +228,8 @@ class Metrics:
 
     def render(self, registry: Registry, num_running: int, num_waiting: int) -> bytes:
         """Return the text format, with gauges as of now."""
+        self._output_tokens.inc(self._num_new_tokens)
+        self._num_new_tokens = 0
         self._running.set(num_running)
         self._waiting.set(num_waiting)
         self._blocks.clear()

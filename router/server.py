@@ -23,6 +23,7 @@ from protocol.errors import NotReady, Overloaded, RequestFailed, RequestRejected
 from protocol.wire import Role
 from router.api import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, parse
 from router.config import RouterConfig
+from router.event_stream import EventStream
 from router.intake import Intake, Job
 from router.metrics import CONTENT_TYPE, Metrics
 from router.responses import ModelCard, body_of_error, encode_json, error_body
@@ -35,7 +36,6 @@ log = logging.getLogger(__name__)
 
 LONG_BODY_BYTES: Final = 20_000
 BODY_BUDGET_S: Final = 60.0
-WRITE_BUDGET_S: Final = 60.0
 NUM_TEXT_THREADS: Final = 2
 MAX_REQUEST_ID_CHARS: Final = 128
 
@@ -117,24 +117,22 @@ class HttpServer:
 
     async def _stream(self, request: web.Request, session: Session, shape: AnswerShape) -> web.StreamResponse:
         events = await session.events()
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
-        await response.prepare(request)
+        stream = EventStream(request, shape)
+        await stream.begin()
         try:
             while events:
                 shape.num_cached_tokens = session.num_cached_tokens
-                data = b"".join(shape.chunk(index, piece) for index, piece in events)
-                if data:
-                    await _write(response, data)
-                events = await session.events()
-            await _write(response, shape.closing())
+                await stream.write(events)
+                events = await session.events(stream.offer)
+            await stream.send(shape.closing())
         except RequestFailed as error:
             log.warning("stream %s failed: %s", shape.answer_id, error)
-            response.force_close()
-            await _write(response, error_event(error))
+            stream.response.force_close()
+            await stream.send(error_event(error))
         except (ConnectionError, TimeoutError) as error:
             log.debug("stream %s: client is gone: %s", shape.answer_id, error)
-            response.force_close()
-        return response
+            stream.response.force_close()
+        return stream.response
 
     async def _off_loop(self, body: bytes, work: Callable[[], Result]) -> Result:
         """Run work on text: here if it is short, in a thread if it is long."""
@@ -281,12 +279,6 @@ async def _read(request: web.Request) -> bytes:
             return await request.read()
     except TimeoutError as error:
         raise web.HTTPRequestTimeout(text="the body was not sent in time") from error
-
-
-async def _write(response: web.StreamResponse, data: bytes) -> None:
-    """Write with backpressure; a client that does not read for WRITE_BUDGET_S counts as gone."""
-    async with asyncio.timeout(WRITE_BUDGET_S):
-        await response.write(data)
 
 
 def _json(body: bytes, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:

@@ -15,6 +15,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+import msgspec
 from msgspec import UNSET
 
 from protocol.errors import RequestFailed
@@ -39,6 +40,7 @@ from router.text import LoggedToken, Piece
 from router.tokenizer import Tokenizer
 
 DONE: Final = b"data: [DONE]\n\n"
+_encode: Final = msgspec.json.Encoder().encode
 # JSON has no infinities; clients expect this number for a token that could not be.
 _LOWEST_LOGPROB: Final = -9999.0
 
@@ -49,6 +51,7 @@ class _Progress:
 
     pending: Piece = field(default_factory=Piece)
     has_begun: bool = False
+    frame: tuple[bytes, bytes] | None = None
     num_tokens: int = 0
     num_logged_chars: int = 0
 
@@ -80,11 +83,34 @@ class AnswerShape:
         """Return the event for a piece of a choice; empty while there is no text to show for it."""
         progress = self._progress[index]
         progress.num_tokens += len(piece.token_ids)
+        if progress.frame is not None and piece.finish_reason is None:
+            before, after = progress.frame
+            return before + _encode(piece.text) + after if piece.text else b""
         progress.pending.add(piece)
         if not progress.pending.text and piece.finish_reason is None:
             return b""
         piece, progress.pending = progress.pending, Piece()
         is_first, progress.has_begun = not progress.has_begun, True
+        data = self._event(index, piece, is_first)
+        if is_first and self._is_plain and piece.finish_reason is None:
+            progress.frame = self._frame(index)
+        return data
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether chunks after the first differ in nothing but their text, until the last one."""
+        job = self._job
+        has_logprobs = any(choice.sampling.num_logprobs is not None for choice in job.choices)
+        return not (job.has_running_usage or job.returns_token_ids or has_logprobs)
+
+    def _frame(self, index: int) -> tuple[bytes, bytes]:
+        """Return what stands before and after the text in the chunks of a choice, all of them alike."""
+        mark = secrets.token_hex(16)
+        before, _, after = self._event(index, Piece(text=mark), is_first=False).partition(encode_json(mark))
+        assert after, "the text stands in every chunk"
+        return before, after
+
+    def _event(self, index: int, piece: Piece, is_first: bool) -> bytes:
         choice = self._choice(index, piece, is_first, is_chunk=True)
         usage = self.usage if self._job.has_running_usage else None
         kind = "chat.completion.chunk" if self._job.is_chat else self._kind

@@ -6,7 +6,8 @@
                                └── Deliver, terminal ──► ChoiceRun ── pieces ──► Session.events ──► HTTP
 
 1. A session is opened for an admitted job: each of its choices is submitted on its own.
-2. Tokens become text here, at once, so that a stop string aborts the workers before their next step.
+2. Tokens become text here, at once, so that a stop string aborts the workers before their next step. While a session's
+   handler waits, its pieces go to the handler's sink at once; what the sink does not take wakes the handler.
 3. The first failure of a choice fails its session. Closing a session cancels whatever of it still runs.
 """
 
@@ -19,7 +20,6 @@ from collections.abc import Callable
 
 from protocol.channel import Channel
 from protocol.errors import NotReady, Overloaded, RequestFailed
-from protocol.request import TokenRow
 from protocol.timeline import Timeline
 from protocol.wire import (
     Declined,
@@ -50,6 +50,10 @@ log = logging.getLogger(__name__)
 OVERLOAD_RETRY_S = 1.0
 
 
+Sink = Callable[[int, Piece], bool]
+"""Takes a piece of a choice at once, or returns False and does nothing."""
+
+
 class ChoiceRun:
     """One choice while it is generated."""
 
@@ -72,12 +76,16 @@ class Session:
         self._close = close
         self._events: deque[tuple[int, Piece] | RequestFailed] = deque()
         self._has_events = asyncio.Event()
+        self._sink: Sink | None = None
         self._seen_prompts: set[int] = set()
 
-    async def events(self) -> list[tuple[int, Piece]]:
+    async def events(self, sink: Sink | None = None) -> list[tuple[int, Piece]]:
         """Return what has happened since the last call, at least one event; empty when every choice is finished.
 
         Cancel-safe.
+
+        Args:
+            sink: takes pieces while this waits; those that it refuses are returned here, in order.
 
         Raises:
             RequestFailed: the request cannot be completed.
@@ -86,7 +94,11 @@ class Session:
             if self.num_unfinished == 0:
                 return []
             self._has_events.clear()
-            await self._has_events.wait()
+            self._sink = sink
+            try:
+                await self._has_events.wait()
+            finally:
+                self._sink = None
         found: list[tuple[int, Piece]] = []
         while self._events:
             event = self._events.popleft()
@@ -99,7 +111,15 @@ class Session:
         return found
 
     def put(self, event: tuple[int, Piece] | RequestFailed) -> None:
-        """Append an event."""
+        """Append an event, or let the sink have it where nothing waits before it."""
+        if self._sink is not None and not self._events and not isinstance(event, RequestFailed):
+            try:
+                if self._sink(*event):
+                    return
+            except Exception:
+                # What is wrong with one answer must not end the conversation with a worker, which everybody shares.
+                log.exception("an answer could not be streamed")
+                event = RequestFailed("internal error")
         self._events.append(event)
         self._has_events.set()
 
@@ -325,11 +345,12 @@ class Switchboard:
         todo = deque(instructions)
         while todo:
             match todo.popleft():
+                case Deliver() as deliver:
+                    if more := self._deliver(deliver):
+                        todo.extend(more)
                 case Send(key, message):
                     if channel := self._channels.get(key):
                         channel.post(message)
-                case Deliver(request_id, row, first):
-                    todo.extend(self._deliver(request_id, row, first))
                 case Placed(request_id, _):
                     if run := self._runs.get(request_id):
                         run.timeline.placed(self._clock())
@@ -349,19 +370,19 @@ class Switchboard:
         if not self._runs:
             self.idle.set()
 
-    def _deliver(self, request_id: int, row: TokenRow, first: FirstToken | None) -> list[Instruction]:
+    def _deliver(self, deliver: Deliver) -> list[Instruction]:
         """Give a token to its choice; returns the end of the request where a stop string is complete."""
-        run = self._runs.get(request_id)
+        run = self._runs.get(deliver.request_id)
         if run is None or run.text.is_over:
             return []
         now_s = self._clock()
-        gap_s = run.timeline.token(now_s)
-        self._metrics.token(run.timeline, gap_s)
+        timeline, row, first = run.timeline, deliver.row, deliver.first
+        self._metrics.token(timeline, timeline.token(now_s))
         if first is not None:
-            self._metrics.prefilled(run.timeline, first)
+            self._metrics.prefilled(timeline, first)
             run.session.note_prefill(run.choice, first.num_cached_tokens)
-        run.piece = run.text.feed(row)
-        run.session.put((run.choice.index, run.piece))
-        if run.piece.finish_reason is not None and row.finish_reason is None:
-            return self.dispatch.stop(request_id, now_s)
+        piece = run.piece = run.text.feed(row)
+        run.session.put((run.choice.index, piece))
+        if piece.finish_reason is not None and row.finish_reason is None:
+            return self.dispatch.stop(deliver.request_id, now_s)
         return []

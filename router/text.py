@@ -105,6 +105,7 @@ class ChoiceText:
         self._decoder = tokenizer.stream_decoder(options.skip_special)
         self._matcher = StopMatcher(options.stops, options.include_stop)
         self._options = options
+        self._has_stops = bool(options.stops)
         self.num_tokens = 0
         self.is_over = False
 
@@ -112,6 +113,8 @@ class ChoiceText:
         """Take the next token. A finish reason in the piece ends the choice: from the worker, or by a stop string."""
         assert not self.is_over
         self.num_tokens += 1
+        if row.finish_reason is None and row.logprobs is None and not self._has_stops:
+            return Piece(self._decoder.feed(row.token_id), [row.token_id])
         piece = Piece(token_ids=[row.token_id])
         if row.logprobs is not None:
             piece.logged.append(LoggedToken(row.token_id, row.logprobs))

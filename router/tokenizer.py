@@ -42,6 +42,7 @@ class Tokenizer:
         self._tokenizer = source.tokenizer
         self._to_bytes = _byte_form(source.tokenizer)
         self._bytes: dict[int, bytes] = {}
+        self._whole_texts = (_WholeTexts(self, skip_special=False), _WholeTexts(self, skip_special=True))
         added = source.tokenizer.get_added_tokens_decoder()
         self._added = {token_id: token.content for token_id, token in added.items()}
         self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
@@ -94,6 +95,10 @@ class Tokenizer:
             found = self._bytes[token_id] = self._compute_bytes(token_id)
         return found
 
+    def whole_texts(self, skip_special: bool) -> Mapping[int, str | None]:
+        """Return the characters of each token id as `token_bytes` has them, None for one that holds half of one."""
+        return self._whole_texts[skip_special]
+
     def token_text(self, token_id: int) -> str:
         """Return a token as text for reports, parts of characters as U+FFFD."""
         return self.token_bytes(token_id).decode("utf-8", "replace")
@@ -135,15 +140,38 @@ class StreamDecoder:
     def __init__(self, tokenizer: Tokenizer, skip_special: bool) -> None:
         self._tokenizer = tokenizer
         self._skip_special = skip_special
+        self._whole_texts = tokenizer.whole_texts(skip_special)
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._is_inside = False
 
     def feed(self, token_id: int) -> str:
         """Return the characters that this token completes; often all of its own, sometimes none."""
-        return self._utf8.decode(self._tokenizer.token_bytes(token_id, self._skip_special))
+        if not self._is_inside and (text := self._whole_texts[token_id]) is not None:
+            return text
+        text = self._utf8.decode(self._tokenizer.token_bytes(token_id, self._skip_special))
+        self._is_inside = bool(self._utf8.getstate()[0])
+        return text
 
     def flush(self) -> str:
         """Return what is left at the end of the sequence: U+FFFD if it ends within a character."""
         return self._utf8.decode(b"", final=True)
+
+
+class _WholeTexts(dict[int, str | None]):
+    """Text of the tokens met so far, found on first use: nearly all tokens hold whole characters."""
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool) -> None:
+        super().__init__()
+        self._tokenizer = tokenizer
+        self._skip_special = skip_special
+
+    def __missing__(self, token_id: int) -> str | None:
+        try:
+            found = self._tokenizer.token_bytes(token_id, self._skip_special).decode()
+        except UnicodeDecodeError:
+            found = None
+        self[token_id] = found
+        return found
 
 
 class _Source:

@@ -12,9 +12,12 @@ Exit codes: 0 done, 1 nothing was measured or a request failed, 2 what was asked
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
+import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
@@ -23,8 +26,9 @@ from typing import get_args
 from rich.console import Console
 
 from bench.peers.install import install, missing
-from bench.peers.layout import CHECKOUT, Layout, PeerName
+from bench.peers.layout import Layout, PeerName
 from bench.peers.measuring import Manners, Measuring
+from bench.peers.processes import set_niceness, this_process
 from bench.peers.recipes import Cores, Recipe, recipes
 from bench.peers.results import Comparison, load, save
 from bench.peers.scenarios import Scenario, scenarios, targets
@@ -40,9 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     parsed = _parser().parse_args(arguments)
     console = Console() if sys.stdout.isatty() else Console(width=_REPORT_COLUMNS)
-    signal.signal(signal.SIGTERM, _end)
     try:
-        return int(parsed.run(parsed, console))
+        with _sigterm_as_interrupt():
+            return int(parsed.run(parsed, console))
     except (BatonError, ValueError, OSError) as error:
         print(f"bench.peers: {error}", file=sys.stderr)
         return 2
@@ -50,9 +54,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _end(number: int, frame: FrameType | None) -> None:
-    # As Ctrl-C does: unwinds, so that the servers are stopped.
-    raise KeyboardInterrupt
+@contextlib.contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """Make SIGTERM unwind as Ctrl-C does, so that servers are stopped."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -106,7 +119,10 @@ def _add_measure(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--quiet-s", type=float, default=usual.quiet_budget_s, metavar="S", help="wait for others [%(default)s]"
     )
-    command.add_argument("--out", type=Path, metavar="FILE", help="JSON [docs/results/peers-DATE.json]")
+    command.add_argument(
+        "--nice", type=int, default=0, metavar="N", help="of servers and client; <0 as root [%(default)s]"
+    )
+    command.add_argument("--out", type=Path, metavar="FILE", help="JSON [.peers/results/TIME.json]")
 
 
 def _install(parsed: argparse.Namespace, console: Console) -> int:
@@ -126,24 +142,53 @@ def _list(parsed: argparse.Namespace, console: Console) -> int:
 
 
 def _measure(parsed: argparse.Namespace, console: Console) -> int:
-    known, chosen = _recipes(parsed), scenarios(_cores(parsed), parsed.window_s)
+    known, chosen, layout = _recipes(parsed), scenarios(_cores(parsed), parsed.window_s), _layout(parsed)
     if unknown := sorted(set(parsed.servers or ()) - set(known)):
         raise ConfigError(f"no such server: {', '.join(unknown)} (see `list`)")
-    manners = Manners(parsed.rounds, parsed.seed, parsed.max_foreign, parsed.repeats, parsed.quiet_s)
-    measuring = Measuring(known, manners, _layout(parsed).logs, lambda text: _say(console, text))
-    try:
+    out = parsed.out or layout.root / "results" / f"{datetime.now(UTC):%Y-%m-%d-%H%M}.json"
+    measuring = Measuring(known, _manners(parsed), layout.logs, lambda text: _say(console, text))
+    with _alone(layout), contextlib.ExitStack() as stack:
+        stack.callback(_keep, measuring, out, console)
         for name in parsed.only or chosen:
             labels = _present(parsed, known, chosen[name], console)
             _say(console, f"{name}: {', '.join(labels) or 'nothing to measure'}")
             measuring.measure(chosen[name], labels)
-    finally:
-        comparison = measuring.comparison()
-        if comparison.turns:
-            out = parsed.out or CHECKOUT / "docs" / "results" / f"peers-{datetime.now(UTC):%Y-%m-%d}.json"
-            save(out, comparison)
-            _show(comparison, console)
-            _say(console, f"written: {out}")
-    return 0 if comparison.turns and not any(turn.num_errors for turn in comparison.turns) else 1
+    return 0 if measuring.turns and not any(turn.num_errors for turn in measuring.turns) else 1
+
+
+def _manners(parsed: argparse.Namespace) -> Manners:
+    if parsed.nice:
+        # The client as well: from here on whatever it starts inherits it, and its session is told.
+        set_niceness([this_process()], parsed.nice)
+    return Manners(
+        num_rounds=parsed.rounds,
+        seed=parsed.seed,
+        max_foreign_cores=parsed.max_foreign,
+        num_repeats=parsed.repeats,
+        quiet_budget_s=parsed.quiet_s,
+        niceness=parsed.nice,
+    )
+
+
+@contextlib.contextmanager
+def _alone(layout: Layout) -> Iterator[None]:
+    """Keep a second comparison from starting on the same machine; raises ConfigError where one runs already."""
+    layout.root.mkdir(parents=True, exist_ok=True)
+    with (layout.root / "measuring.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError("another comparison is being measured; two at once would measure each other") from None
+        yield
+
+
+def _keep(measuring: Measuring, out: Path, console: Console) -> None:
+    """Save and show what there is, also after an interruption."""
+    comparison = measuring.comparison()
+    if comparison.turns:
+        save(out, comparison)
+        _show(comparison, console)
+        _say(console, f"written: {out}")
 
 
 def _present(
@@ -172,7 +217,8 @@ def _stop(parsed: argparse.Namespace, console: Console) -> int:
 
 
 def _show(comparison: Comparison, console: Console) -> None:
-    _say(console, f"\n{comparison.machine}, {comparison.made_at}")
+    nice = f", niceness {comparison.niceness}" if comparison.niceness else ""
+    _say(console, f"\n{comparison.machine}, {comparison.made_at}{nice}")
     for table in figures_tables(comparison, list(scenarios(Cores(), 1.0).values())):
         console.print(table)
     console.print(targets_table(comparison, targets()))
@@ -187,7 +233,10 @@ def _layout(parsed: argparse.Namespace) -> Layout:
 
 
 def _cores(parsed: argparse.Namespace) -> Cores:
-    return Cores(parsed.prefill_core, parsed.decode_core)
+    cores, usable = Cores(parsed.prefill_core, parsed.decode_core), os.sched_getaffinity(0)
+    if not set(cores.both) <= usable or cores.prefill == cores.decode:
+        raise ConfigError(f"--prefill-core, --decode-core: expected two different ones of {sorted(usable)}")
+    return cores
 
 
 def _recipes(parsed: argparse.Namespace) -> dict[str, Recipe]:

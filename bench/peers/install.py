@@ -74,7 +74,7 @@ class Step:
     what: str
     product: Path
     command: tuple[str, ...] = ()
-    act: Callable[[], None] | None = None
+    act: Callable[[], object] | None = None
 
 
 def install(layout: Layout, peers: Sequence[PeerName], say: Say) -> None:
@@ -87,7 +87,7 @@ def install(layout: Layout, peers: Sequence[PeerName], say: Say) -> None:
     layout.logs.mkdir(parents=True, exist_ok=True)
     for name, steps in [("model", _model_steps(layout)), *((peer, makers[peer](layout)) for peer in peers)]:
         for step in steps:
-            _do(layout, name, step, say)
+            run_step(layout, name, step, say)
         say(f"{name}: installed")
 
 
@@ -97,7 +97,8 @@ def missing(layout: Layout, recipe: Recipe) -> Path | None:
     return next((path for path in paths if not path.exists()), None)
 
 
-def _do(layout: Layout, peer: str, step: Step, say: Say) -> None:
+def run_step(layout: Layout, peer: str, step: Step, say: Say) -> None:
+    """Do a step unless it has been done, by the same command; raises InstallError."""
     stamp = layout.root / "stamps" / f"{peer}-{step.product.name}"
     text = shlex.join(step.command)
     if step.product.exists() and (step.act is not None or (stamp.is_file() and stamp.read_text() == text)):

@@ -20,14 +20,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
-import aiohttp
 import uvloop
 
 from bench.figures import figures
 from bench.generator import Listener, run_workload
 from bench.machine import machine
 from bench.peers import results
-from bench.peers.processes import machine_busy_s, vector_extensions
+from bench.peers.processes import machine_busy_s, set_niceness, vector_extensions
 from bench.peers.recipes import Recipe
 from bench.peers.results import Comparison, Turn
 from bench.peers.scenarios import Scenario, long_prompt_alone, with_busy_arrivals
@@ -38,7 +37,6 @@ from bench.workloads.interference import Interference
 from bench.workloads.plan import Workload
 from protocol.errors import ConfigError
 
-_IDLE_CHECK_S: Final = 3.0
 _MAX_IDLE_CORES: Final = 0.02
 _QUIET_LOOK_S: Final = 1.0
 # A turn that is done again must not meet prompts that a prefix cache has seen.
@@ -55,6 +53,8 @@ class Manners:
         max_foreign_cores: a turn during which others kept more processors busy than this is disturbed.
         num_repeats: how often a disturbed turn is done again.
         quiet_budget_s: how long to wait, before a turn, for others to become quiet.
+        niceness: of servers and client alike; below 0 they come before whatever else the machine does (root only).
+        idle_check_s: how long servers are watched before the first turn, and left alone before that.
     """
 
     num_rounds: int = 3
@@ -62,25 +62,8 @@ class Manners:
     max_foreign_cores: float = 0.15
     num_repeats: int = 2
     quiet_budget_s: float = 60.0
-
-
-@dataclass(frozen=True, slots=True)
-class _Target(Target):
-    """A server that is given a new connection for each request.
-
-    llama-server closes a connection, unannounced, after an answer of one token; the next request on it would fail.
-    """
-
-    def new_session(self) -> aiohttp.ClientSession:
-        """Return a session whose connections serve one request each; the caller closes it."""
-        budgets = self.budgets
-        return aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, force_close=True),
-            timeout=aiohttp.ClientTimeout(
-                total=budgets.request_s, sock_connect=budgets.connect_s, sock_read=budgets.silence_s
-            ),
-            read_bufsize=1 << 20,
-        )
+    idle_check_s: float = 3.0
+    niceness: int = 0
 
 
 class _Remarks(Listener):
@@ -102,7 +85,8 @@ class Measuring:
     def comparison(self) -> Comparison:
         """Return what there is so far, as it is written to disk."""
         made_at = datetime.now(UTC).isoformat(timespec="seconds")
-        return Comparison(tuple(self.turns), dict(self._commands), f"{machine()}, {vector_extensions()}", made_at)
+        where = f"{machine()}, {vector_extensions()}"
+        return Comparison(tuple(self.turns), dict(self._commands), where, made_at, self._manners.niceness)
 
     def measure(self, scenario: Scenario, only: Sequence[str] | None = None) -> None:
         """Run every round of a scenario, or of those of its servers that `only` names.
@@ -136,6 +120,8 @@ class Measuring:
                 self._say(f"  {error}")
                 continue
             self._note(server)
+            if self._manners.niceness:
+                set_niceness(server.processes(), self._manners.niceness)
             self._say(f"  {label}: ready after {server.start_s:.1f} s, {server.memory_bytes() / 2**20:.0f} MiB")
             servers.append(server)
         return servers
@@ -157,11 +143,13 @@ class Measuring:
 
     def _check_idle(self, servers: Sequence[Server]) -> None:
         """Say which of the servers compute although nobody asks them anything: they would disturb the others."""
-        time.sleep(_IDLE_CHECK_S)
+        time.sleep(self._manners.idle_check_s)
         before = [server.cpu_s() for server in servers]
-        time.sleep(_IDLE_CHECK_S)
-        for server, began_s in zip(servers, before, strict=True):
-            cores = (server.cpu_s() - began_s) / _IDLE_CHECK_S
+        began_s = time.monotonic()
+        time.sleep(self._manners.idle_check_s)
+        took_s = time.monotonic() - began_s
+        for server, used_s in zip(servers, before, strict=True):
+            cores = (server.cpu_s() - used_s) / took_s
             if cores > _MAX_IDLE_CORES:
                 self._say(f"  {server.recipe.label}: uses {cores:.3f} cores while idle")
 
@@ -217,7 +205,7 @@ class Measuring:
 
     async def _run(self, workload: Workload, server: Server, seed: int) -> list[Run]:
         recipe = server.recipe
-        target = _Target(server.url, recipe.model, recipe.label, extra_body=recipe.extra_body)
+        target = Target(server.url, recipe.model, recipe.label, extra_body=recipe.extra_body)
         return await run_workload(workload, target, seed, listener=_Remarks(self._say))
 
     def _wait_until_quiet(self) -> None:

@@ -23,6 +23,10 @@ MODEL_NAME: Final = "m"
 _NUM_SLOTS: Final = 8
 _SLOT_TOKENS: Final = 3072
 _VLLM_MODEL_TOKENS: Final = 4096
+# llama.cpp: what is computed between two tokens of a running stream is at most one such batch.
+_SMALL_BATCHES: Final = ("-b", "128", "-ub", "128")
+# llama.cpp: no copy of a finished prompt's KV into a cache in memory; no prompt here ever comes again.
+_NO_COPIES: Final = ("-cram", "0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,23 +78,34 @@ def recipes(layout: Layout, cores: Cores) -> dict[str, Recipe]:
 
 
 def _llama(layout: Layout, cores: Cores) -> list[Recipe]:
-    def server(label: str, weights: Weights, where: tuple[int, ...], *tuned: str) -> Recipe:
-        threads = str(len(where))
-        command = [str(layout.llama_program("llama-server")), "-m", str(layout.gguf(weights)), "--alias", MODEL_NAME]
-        command += ["--host", "127.0.0.1", "--port", "{port}", "-t", threads, "-tb", threads]
-        command += ["-np", str(_NUM_SLOTS), "-c", str(_NUM_SLOTS * _SLOT_TOKENS), "-cb", *tuned]
-        return Recipe(
-            f"llama {weights} {label}", "llama", tuple(command), where, weights, "tuned" if tuned else "default"
-        )
-
-    small_batches = ("-b", "128", "-ub", "128")
     weights: tuple[Weights, ...] = ("Q4_0", "Q4_1")
     return [
-        *(server("default", w, cores.both) for w in weights),
-        *(server("tuned", w, cores.both, *small_batches) for w in weights),
-        *(server("1 core", w, (core,)) for w in weights for core in (cores.decode,)),
-        *(server("1 core, first", w, (core,)) for w in weights for core in (cores.prefill,)),
+        *(_llama_server(layout, f"{w} default", w, cores.both) for w in weights),
+        *(_llama_server(layout, f"{w} tuned", w, cores.both, *_SMALL_BATCHES, *_NO_COPIES) for w in weights),
+        *(_llama_server(layout, f"{w} 1 core", w, (cores.decode,), *_NO_COPIES) for w in weights),
+        *(_llama_server(layout, f"{w} 1 core, first", w, (cores.prefill,), *_NO_COPIES) for w in weights),
+        # One thread computes, the rest (HTTP, streams) may use the other core, as Baton's router may.
+        *(_llama_server(layout, f"{w} 1 thread", w, cores.both, *_NO_COPIES, num_threads=1) for w in weights),
     ]
+
+
+def _llama_server(
+    layout: Layout, label: str, weights: Weights, where: tuple[int, ...], *tuned: str, num_threads: int | None = None
+) -> Recipe:
+    threads = str(num_threads or len(where))
+    command = [str(layout.llama_program("llama-server")), "-m", str(layout.gguf(weights)), "--alias", MODEL_NAME]
+    command += ["--host", "127.0.0.1", "--port", "{port}", "-t", threads, "-tb", threads]
+    command += ["-np", str(_NUM_SLOTS), "-c", str(_NUM_SLOTS * _SLOT_TOKENS), "-cb", *tuned]
+    return Recipe(
+        f"llama {label}",
+        "llama",
+        tuple(command),
+        where,
+        weights,
+        "tuned" if tuned else "default",
+        # The same tokens as with temperature 0 alone, without sorting the whole vocabulary for each of them.
+        extra_body={"samplers": ["top_k"], "top_k": 1} if tuned else {},
+    )
 
 
 def _vllm(layout: Layout, cores: Cores) -> list[Recipe]:

@@ -70,12 +70,14 @@ class Comparison(msgspec.Struct, frozen=True):
 
     Attributes:
         commands: whole command line of each recipe by its label.
+        niceness: of servers and client.
     """
 
     turns: tuple[Turn, ...]
     commands: dict[str, str]
     machine: str
     made_at: str
+    niceness: int = 0
     format: int = FORMAT
 
 

@@ -4,8 +4,8 @@
     target   = a figure of one of them, or its ratio to another's, and a bound
 
 One core against one core: a peer is pinned to the core on which Baton's worker for that phase runs, and the client runs
-on the other one, as Baton's router may. What a peer does on its one core besides computing (HTTP, sampling, text) Baton
-does on the other; README and results say so.
+on the other one. What a peer does on its one core besides computing (HTTP, text) Baton's router may do on the other; so
+there is also llama.cpp with one thread that computes and the other core for the rest.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ COLOCATED: Final = "Baton Q4_0 colocated"
 COLOCATED_1: Final = "Baton Q4_0 colocated, 1 thread"
 LLAMA_1: Final = "llama Q4_0 1 core"
 LLAMA_1_Q4_1: Final = "llama Q4_1 1 core"
+LLAMA_1_THREAD: Final = "llama Q4_0 1 thread"
 LLAMA_1_PREFILL: Final = "llama Q4_0 1 core, first"
 LLAMA_TUNED: Final = "llama Q4_0 tuned"
 LLAMA: Final = "llama Q4_0 default"
@@ -73,14 +74,14 @@ def scenarios(cores: Cores, window_s: float) -> dict[str, Scenario]:
     made = [
         Scenario(
             "one-stream",
-            (SPLIT, LLAMA_1, SPLIT_Q4_1, LLAMA_1_Q4_1),
+            (SPLIT, LLAMA_1, LLAMA_1_THREAD, SPLIT_Q4_1, LLAMA_1_Q4_1),
             Closed(concurrency=1, requests=3, prompt_tokens=128, output_tokens=128),
             on_prefill,
             (("TPOT ms", None),),
         ),
         Scenario(
             "eight-streams",
-            (SPLIT, LLAMA_1),
+            (SPLIT, LLAMA_1, LLAMA_1_THREAD),
             Closed(concurrency=8, requests=8, prompt_tokens=32, output_tokens=160),
             on_prefill,
             (("decode tokens/s", None), ("TPOT ms", None)),
@@ -137,6 +138,7 @@ def targets() -> list[Target]:
 
     made = [
         ratio("TPOT, 1 stream: Baton Q4_0 / llama Q4_0, 1 core", Measure(one, SPLIT, "TPOT ms"), LLAMA_1, 0.6),
+        ratio("TPOT, 1 stream: Baton Q4_0 / llama Q4_0, 1 thread", Measure(one, SPLIT, "TPOT ms"), LLAMA_1_THREAD, 0.6),
         ratio("TPOT, 1 stream: Baton Q4_1 / llama Q4_0, 1 core", Measure(one, SPLIT_Q4_1, "TPOT ms"), LLAMA_1, 0.6),
         ratio(
             "TPOT, 1 stream: Baton Q4_1 / llama Q4_1 (same file), 1 core",
@@ -148,6 +150,13 @@ def targets() -> list[Target]:
             "decode tokens/s, 8 streams: Baton Q4_0 / llama Q4_0, 1 core",
             Measure(eight, SPLIT, "decode tokens/s"),
             LLAMA_1,
+            1.5,
+            is_at_most=False,
+        ),
+        ratio(
+            "decode tokens/s, 8 streams: Baton Q4_0 / llama Q4_0, 1 thread",
+            Measure(eight, SPLIT, "decode tokens/s"),
+            LLAMA_1_THREAD,
             1.5,
             is_at_most=False,
         ),

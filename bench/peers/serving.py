@@ -4,8 +4,8 @@
                  │ ended, or not ready in time          │ grace over: SIGKILL to each that is left
                  └────────────► stopping ◄──────────────┘
 
-A server writes to a log file, whose end an error quotes. All of its processes carry a mark in their environment, by
-which they are found again however they were forked; `stop_all` also ends what a killed run left behind.
+A server writes to a log file, whose end an error quotes. Its processes are found again by a mark in their environment,
+by their session and by descent, however they were forked; `stop_all` also ends what a killed run left behind.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from bench.peers.layout import CHECKOUT
-from bench.peers.processes import MARK, Process, command_line, marked, memory_bytes, send_signal
+from bench.peers.processes import MARK, Process, command_line, family, memory_bytes, send_signal
 from bench.peers.recipes import Recipe
 from protocol.errors import BatonError
 
@@ -53,6 +53,8 @@ class Server:
         self.recipe, self.port, self.log = recipe, port, log
         self.url = f"http://127.0.0.1:{port}"
         self.start_s = 0.0
+        self._seen: set[tuple[int, int]] = set()
+        self._is_stopped = False
         self._mark = uuid.uuid4().hex
         self.shown_command = shown_command(recipe, port)
         command = start_command(recipe, port, self._mark)
@@ -70,7 +72,11 @@ class Server:
 
     def processes(self) -> list[Process]:
         """List every live process of this server."""
-        return marked(self._mark)
+        if self._is_stopped:
+            return []
+        found = family(self._mark, self._process.pid, self._seen)
+        self._seen |= {process.identity for process in found}
+        return found
 
     def cpu_s(self) -> float:
         """Return the CPU time that its live processes have used so far."""
@@ -89,6 +95,7 @@ class Server:
         """Block until it answers; raises ServingError where it ends first or takes longer."""
         began_s = time.monotonic()
         while not _answers(self.url + self.recipe.ready_path):
+            self.processes()  # so that those are known which will no longer look like ours
             if self.has_ended:
                 raise ServingError(f"{self.recipe.label}: ended with status {self._process.returncode}{self._tail()}")
             if time.monotonic() - began_s > budget_s:
@@ -98,12 +105,17 @@ class Server:
 
     def stop(self, grace_s: float = STOP_GRACE_S) -> None:
         """Ask it to end, then end what is left of it; returns when no process of it lives. Idempotent."""
+        if self._is_stopped:
+            return
+        self.processes()
         if not self.has_ended:
             self._process.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(grace_s)
-        _end(self._mark, self.recipe.label)
+        _end(self.processes, self.recipe.label)
         self._process.wait(GONE_BUDGET_S)
+        # From here on the kernel may give its id, which names the session, to somebody else.
+        self._is_stopped = True
 
     def _tail(self) -> str:
         lines = self.log.read_text(errors="replace").splitlines()[-_SHOWN_LINES:]
@@ -139,13 +151,14 @@ def shown_command(recipe: Recipe, port: int) -> str:
 
 def stop_all() -> int:
     """End every server that an earlier run left behind; return how many processes that were."""
-    left = marked()
+    left = family(None, None)
     for process in left:
         send_signal(process, signal.SIGTERM)
     give_up_s = time.monotonic() + STOP_GRACE_S
-    while marked() and time.monotonic() < give_up_s:
+    while family(None, None) and time.monotonic() < give_up_s:
         time.sleep(_POLL_S)
-    _end(None, "servers left behind")
+    seen = {process.identity for process in left}
+    _end(lambda: family(None, None, seen), "servers left behind")
     return len(left)
 
 
@@ -156,10 +169,10 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _end(mark: str | None, label: str) -> None:
-    """Kill what carries the mark until nothing does: a process may fork while it is being looked for."""
+def _end(family_of: Callable[[], list[Process]], label: str) -> None:
+    """Kill what belongs to a server until nothing does: a process may fork while it is being looked for."""
     give_up_s = time.monotonic() + GONE_BUDGET_S
-    while left := marked(mark):
+    while left := family_of():
         if time.monotonic() > give_up_s:
             raise ServingError(f"{label}: processes {[p.pid for p in left]} do not end")
         for process in left:

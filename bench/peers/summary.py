@@ -1,16 +1,19 @@
-"""A comparison as tables: what each server did in each scenario, and the targets."""
+"""A comparison as tables: what each server did in each scenario, and the targets.
+
+A "~" marks figures of a server all of whose turns were disturbed; no ratio is made of them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec
 from rich import box
 from rich.table import Table
 
 from bench.numerals import MISSING, extent, number
 from bench.peers.results import Comparison, Measure, Target, Turn, outcome, spread_of
 from bench.peers.scenarios import Scenario
-from bench.spreads import Spread
 
 
 def figures_tables(comparison: Comparison, scenarios: Sequence[Scenario]) -> list[Table]:
@@ -31,7 +34,7 @@ def _figures_table(scenario: Scenario, turns: Sequence[Turn]) -> Table:
         column.justify = "right"
     for label in dict.fromkeys(turn.recipe for turn in turns):
         own = [turn for turn in turns if turn.recipe == label]
-        cells = [_cell(spread_of(own, Measure(scenario.name, label, name, phase))) for name, phase in scenario.figures]
+        cells = [_cell(own, Measure(scenario.name, label, name, phase)) for name, phase in scenario.figures]
         table.add_row(label, *cells, *_circumstances(own))
     return table
 
@@ -49,10 +52,11 @@ def _circumstances(turns: Sequence[Turn]) -> list[str]:
 
 
 def targets_table(comparison: Comparison, targets: Sequence[Target]) -> Table:
-    """Return the targets with what was reached: medians of ratios within rounds, and their range."""
+    """Return the targets of what was measured, with what was reached: medians of ratios within rounds, and ranges."""
     table = Table("what", "target", "reached", "range", "rounds", "met", box=box.SIMPLE, title="targets")
     table.title_justify = "left"
-    for target in targets:
+    measured = {turn.scenario for turn in comparison.turns}
+    for target in (target for target in targets if target.above.scenario in measured):
         found = outcome(comparison.turns, target)
         bound = f"{'<=' if target.is_at_most else '>='} {target.bound:g}"
         if found is None:
@@ -63,8 +67,12 @@ def targets_table(comparison: Comparison, targets: Sequence[Target]) -> Table:
     return table
 
 
-def _cell(found: Spread | None) -> str:
+def _cell(turns: Sequence[Turn], measure: Measure) -> str:
+    """Return median and range; figures of disturbed turns only where there are no others, marked as such."""
+    found, mark = spread_of(turns, measure), ""
+    if found is None:
+        found, mark = spread_of([msgspec.structs.replace(turn, is_disturbed=False) for turn in turns], measure), "~"
     if found is None:
         return MISSING
     between = extent(found)
-    return f"{number(found.median)} ({between})" if between else number(found.median)
+    return f"{mark}{number(found.median)}" + (f" ({between})" if between else "")

@@ -179,7 +179,7 @@ def test_percentiles_rise_and_lie_within_what_was_measured(records: list[Record]
         assert f.itl.max_ms == f.itl_by_time.max_ms == f.worst_gap.max_ms
         assert f.itl_by_time.num_values == f.itl.num_values
     assert (f.goodput_per_s or 0.0) <= f.requests_per_s
-    assert f.attainment.every is None or f.attainment.every <= 1 - f.num_errors / f.num_requests
+    assert f.attainment.every is None or f.attainment.every <= 1 - f.num_errors / f.num_requests + 1e-9
 
 
 @settings(max_examples=40, deadline=None)
