@@ -12,7 +12,7 @@ PYTHON ?= python3
 PACKAGES := protocol kernels model kvtransfer router engine prefill decode baton bench
 SOURCES := $(PACKAGES) tests scripts setup.py
 
-.PHONY: help env env-dev serve test test-golden lint check bench clean
+.PHONY: help env env-dev serve test test-golden lint check bench bench-peers bench-kernels clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +42,12 @@ check: lint test ## everything a change must pass
 
 bench: env ## measure in under five minutes: a server of its own, or ARGS='--url URL'; writes bench-report/
 	@$(BIN)/baton bench small $(ARGS)
+
+bench-peers: env ## measure Baton beside the peers in .peers/ (python -m bench.peers install ...), in turns
+	@$(BIN)/python -m bench.peers measure $(ARGS)
+
+bench-kernels: env ## measure each kernel beside its floor
+	@$(BIN)/python -m bench.kernels $(ARGS)
 
 clean: ## remove the environment and everything built
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
