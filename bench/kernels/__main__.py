@@ -1,174 +1,209 @@
 """`python -m bench.kernels`: every kernel beside its floor, on this machine's CPU, and on its GPU where there is one.
 
-    ceilings of one core ─► cases, all of them once a round, several rounds ─► medians ─► time / floor
-
-Rounds, because the speed of a shared machine drifts: figures of one table were taken side by side.
+1. Pin this thread to one core.
+2. Build the native cases and their torch counterparts; measure them in rounds, each with ceilings of its own.
+3. The same for the torch kernels on the GPU, with events, where there is one.
+4. Print tables; write JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import re
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from bench.kernels import ceilings
-from bench.kernels.cases import Case, Shape, attentions, linears, rows, steps
-from bench.kernels.ceilings import Ceilings
-from bench.kernels.gpu import gpu_cases
+from bench.kernels.batches import QUICK, Menu, Pools
+from bench.kernels.ceilings import CoreProbe
+from bench.kernels.native import NativeCases
+from bench.kernels.plain import PlainCases, Setting
+from bench.kernels.report import as_json, ceilings_lines, tables_of
+from bench.kernels.shape import Shape
+from bench.kernels.timing import Bench, Case, CudaStopwatch, Plan, ThreadStopwatch
+from bench.machine import machine
 from kernels.cpu import native
 from kernels.cpu.native import NativeKernels, NativeUnavailableError
 
 REPORT_COLUMNS = 120
-_SHORTEST_S = 2e-4
-_ROWS, _QUICK_ROWS = (1, 2, 4, 8, 16, 64, 256), (1, 8)
+_PLAN, _QUICK_PLAN = Plan(7, 240.0, 5e-3), Plan(3, 40.0, 2e-3)
+# Options and the fields they set.
+_SIZES = {
+    "hidden": "hidden",
+    "intermediate": "intermediate",
+    "heads": "num_heads",
+    "kv-heads": "num_kv_heads",
+    "head-dim": "head_dim",
+    "layers": "num_layers",
+    "vocab": "vocab",
+}
+_GPU_ROW_BYTES = 128 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Timing:
-    """One kernel's figures; times are medians over rounds, of thread CPU time on a CPU and of events on a GPU.
+class Wish:
+    """What the command line asks for."""
 
-    Attributes:
-        wall_s: median wall time: above time_s where the core was taken away.
-        plain_s: torch's time for the same, or None.
-    """
+    shape: Shape
+    menu: Menu
+    plan: Plan
+    only: re.Pattern[str]
+    core: int
+    instruction_set: str | None
 
-    name: str
-    time_s: float
-    least_s: float
-    wall_s: float
-    floor_s: float
-    plain_s: float | None
-
-    @property
-    def over_floor(self) -> float:
-        """Time over floor: 1 is as fast as memory or arithmetic allow."""
-        return self.time_s / self.floor_s
+    def keep(self, cases: Iterable[Case]) -> list[Case]:
+        """Return the cases that --only names."""
+        return [case for case in cases if self.only.search(case.title)]
 
 
-def measure(cases: Sequence[Case], peaks: Ceilings, num_rounds: int, say: Console) -> list[Timing]:
-    """Run every case once a round and return the medians."""
-    taken: list[list[tuple[float, float]]] = [[] for _ in cases]
-    plain: list[list[float]] = [[] for _ in cases]
-    for number in range(num_rounds):
-        for case, times, others in zip(cases, taken, plain, strict=True):
-            times.append(_timed(case.run))
-            if case.plain is not None:
-                others.append(_timed(case.plain)[0])
-        if say.is_terminal:
-            say.print(f"round {number + 1} of {num_rounds}", end="\r")
-    found = []
-    for case, times, others in zip(cases, taken, plain, strict=True):
-        cpu, wall = np.array(times).T
-        floor_s = peaks.floor_s(case.num_bytes, case.num_operations, is_integer=case.is_integer)
-        plain_s = float(np.median(others)) if others else None
-        median = float(np.median(cpu))
-        found.append(Timing(case.name, median, float(cpu.min()), float(np.median(wall)), floor_s, plain_s))
-    return found
+class Teller:
+    """A line of progress that renews itself on a terminal; elsewhere nothing."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def __call__(self, text: str) -> None:
+        """Show what is being done."""
+        if self._console.is_terminal:
+            width = self._console.width - 1
+            self._console.print(text[:width].ljust(width), end="\r", markup=False, highlight=False)
 
 
-def _timed(call: Callable[[], object]) -> tuple[float, float]:
-    """Return CPU and wall time of one call, repeated until the clock can tell."""
-    count = 0
-    cpu_s, wall_s = time.thread_time(), time.perf_counter()
-    while not count or time.thread_time() - cpu_s < _SHORTEST_S:
-        call()
-        count += 1
-    return (time.thread_time() - cpu_s) / count, (time.perf_counter() - wall_s) / count
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code: 2 where nothing could be measured."""
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    try:
+        wish = _wish(args)
+    except ValueError as error:
+        parser.error(str(error))
+    console = Console() if sys.stdout.isatty() else Console(width=REPORT_COLUMNS)
+    before, num_threads = os.sched_getaffinity(0), torch.get_num_threads()
+    results: dict[str, Any] = {}
+    try:
+        os.sched_setaffinity(0, {wish.core})
+        torch.set_num_threads(1)
+        with torch.inference_mode():
+            for name, measure in (("cpu", _on_core), ("gpu", _on_gpu)):
+                if (found := measure(wish, console)) is not None:
+                    results[name] = found
+    finally:
+        os.sched_setaffinity(0, before)
+        torch.set_num_threads(num_threads)
+    if args.json is not None:
+        about: dict[str, Any] = {"machine": machine(), "date": datetime.now(UTC).isoformat(timespec="seconds")}
+        about |= {"shape": dataclasses.asdict(wish.shape), "core": wish.core}
+        args.json.write_text(json.dumps({**about, **results}, indent=1) + "\n")
+    return 0 if results else 2
 
 
-def cpu_cases(kernels: NativeKernels, shape: Shape, *, is_quick: bool) -> Iterator[Case]:
-    """Give every case of the native library."""
-    yield from linears(kernels, shape, _QUICK_ROWS if is_quick else _ROWS)
-    yield from attentions(kernels, shape)
-    yield from rows(kernels, shape)
-    for format_name in ("q4_1",) if is_quick else ("q4_0", "q4_1", "q8_0", "f32"):
-        yield from steps(kernels, shape, format_name)
+def _on_core(wish: Wish, console: Console) -> dict[str, Any] | None:
+    try:
+        kernels = NativeKernels(native.load(), 1, wish.instruction_set)
+    except NativeUnavailableError as error:
+        console.print(f"no native kernels: {error}", markup=False)
+        return None
+    sizes = ceilings.cache_sizes(wish.core)
+    pools = Pools(wish.shape, wish.menu, "cpu", sizes.cold_bytes)
+    cases = wish.keep(NativeCases(kernels, wish.shape, wish.menu, sizes, pools).all())
+    if not cases:
+        console.print(f"no case matches {wish.only.pattern!r}", markup=False)
+        return None
+    setting = Setting("cpu", torch.float32, "f32", sizes.cold_bytes, sizes.second // 2, 64)
+    plain = {case.name: case for case in PlainCases(wish.shape, wish.menu, setting, pools).all()}
+    probe = CoreProbe(sizes.large_bytes, sizes.second // 2)
+    try:
+        bench = Bench(cases, plain, ThreadStopwatch(), wish.plan, Teller(console))
+        timings, rounds = bench.run(probe.measure)
+    finally:
+        probe.close()
+    console.print(f"native kernels ({kernels.instruction_set}) on core {wish.core}: {machine()}", markup=False)
+    console.print("\n".join(ceilings_lines(rounds, probe.how)), markup=False, highlight=False)
+    for table in tables_of(timings, "CPU time"):
+        console.print(table)
+    return {"instruction_set": kernels.instruction_set, **as_json(timings, rounds, probe.how)}
 
 
-def table_of(timings: Sequence[Timing], peaks: Ceilings) -> Table:
-    """Lay the figures out."""
-    title = f"{peaks.how}: {peaks.read_gb_s:.1f} GB/s"
-    if peaks.float_gflop_s:
-        title += f", {peaks.float_gflop_s:.0f} GFLOP/s"
-    if peaks.int8_gop_s:
-        title += f", {peaks.int8_gop_s:.0f} int8 GOP/s"
-    table = Table("kernel", title=title)
-    for column in ("time", "least", "floor", "time / floor", "torch / time"):
-        table.add_column(column, justify="right")
-    for t in timings:
-        ratio = "-" if t.plain_s is None else f"{t.plain_s / t.time_s:.1f}"
-        table.add_row(t.name, *(_shown(s) for s in (t.time_s, t.least_s, t.floor_s)), f"{t.over_floor:.2f}", ratio)
-    return table
+def _on_gpu(wish: Wish, console: Console) -> dict[str, Any] | None:
+    if not torch.cuda.is_available():
+        console.print("no CUDA device here: the GPU's part is left out")
+        return None
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    cold_bytes = 4 * int(getattr(properties, "L2_cache_size", 64 << 20))
+    shape = dataclasses.replace(wish.shape, activation_bytes=2)
+    menu = dataclasses.replace(wish.menu, kv_dtypes=(torch.bfloat16,))
+    setting = Setting("cuda", torch.bfloat16, "bf16", cold_bytes, _GPU_ROW_BYTES, 4096)
+    cases = wish.keep(PlainCases(shape, menu, setting, Pools(shape, menu, "cuda", cold_bytes)).all())
+    if not cases:
+        console.print(f"no case matches {wish.only.pattern!r}", markup=False)
+        return None
+    how = "by torch, matrix products in bfloat16"
+    bench = Bench(cases, {}, CudaStopwatch(), wish.plan, Teller(console))
+    timings, rounds = bench.run(ceilings.of_gpu)
+    console.print(f"torch kernels in bfloat16 on {properties.name}", markup=False)
+    console.print("\n".join(ceilings_lines(rounds, how)), markup=False, highlight=False)
+    for table in tables_of(timings, "event time"):
+        console.print(table)
+    return {"device": properties.name, **as_json(timings, rounds, how)}
 
 
-def _shown(seconds: float) -> str:
-    return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.1f} us"
+def _wish(args: argparse.Namespace) -> Wish:
+    shape = Shape(**{field: getattr(args, field) for field in _SIZES.values()})
+    _check(shape)
+    usable = sorted(os.sched_getaffinity(0))
+    core = usable[-1] if args.core is None else args.core
+    if core not in usable:
+        raise ValueError(f"--core {core}: this process may use {', '.join(map(str, usable))}")
+    menu, plan = (QUICK, _QUICK_PLAN) if args.quick else (Menu(), _PLAN)
+    if args.each_matrix:
+        menu = dataclasses.replace(menu, each_matrix=True)
+    if args.rounds is not None:
+        plan = dataclasses.replace(plan, rounds=args.rounds)
+    if plan.rounds < 1:
+        raise ValueError("--rounds: at least one")
+    try:
+        only = re.compile(args.only)
+    except re.error as error:
+        raise ValueError(f"--only: {error}") from error
+    return Wish(shape, menu, plan, only, core, args.instruction_set)
+
+
+def _check(shape: Shape) -> None:
+    needs: tuple[tuple[str, Callable[[Shape], bool]], ...] = (
+        ("every size must be positive", lambda s: min(getattr(s, field) for field in _SIZES.values()) > 0),
+        ("--hidden and --intermediate are multiples of 32", lambda s: s.hidden % 32 == s.intermediate % 32 == 0),
+        ("--head-dim is a multiple of 16", lambda s: s.head_dim % 16 == 0),
+        ("--heads is a multiple of --kv-heads", lambda s: s.num_heads % s.num_kv_heads == 0),
+        ("--heads times --head-dim is a multiple of 32", lambda s: s.num_heads * s.head_dim % 32 == 0),
+    )
+    for text, holds in needs:
+        if not holds(shape):
+            raise ValueError(text)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer sizes and rounds")
-    parser.add_argument("--only", default="", metavar="PATTERN", help="only cases whose name matches")
-    parser.add_argument("--rounds", type=int, help="times that each case is measured (7; quick 3)")
+    parser.add_argument("--quick", action="store_true", help="fewer cases and rounds: under a minute")
+    parser.add_argument("--only", default="", metavar="PATTERN", help="only cases whose 'group: name' matches")
+    parser.add_argument("--each-matrix", action="store_true", help="products with each matrix of a layer too")
+    parser.add_argument("--rounds", type=int, help=f"rounds at most ({_PLAN.rounds}; quick {_QUICK_PLAN.rounds})")
     parser.add_argument("--core", type=int, help="core to run on (the last usable one)")
     parser.add_argument("--instruction-set", help="portable, avx2 or avx512 (the best)")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure here")
     shape = Shape()
-    for name in Shape.__slots__:
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(shape, name))
+    for option, field in _SIZES.items():
+        parser.add_argument(f"--{option}", dest=field, type=int, default=getattr(shape, field))
     return parser
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit code: 2 where nothing can be measured."""
-    args = _parser().parse_args(arguments)
-    console = Console() if sys.stdout.isatty() else Console(width=REPORT_COLUMNS)
-    shape = Shape(**{name: getattr(args, name) for name in Shape.__slots__})
-    num_rounds = args.rounds or (3 if args.quick else 7)
-    usable = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {usable[-1] if args.core is None else args.core})
-    torch.set_num_threads(1)
-    results: dict[str, object] = {}
-    try:
-        kernels = NativeKernels(native.load(), 1, args.instruction_set)
-    except NativeUnavailableError as error:
-        console.print(f"no native kernels: {error}")
-    else:
-        cases = [c for c in cpu_cases(kernels, shape, is_quick=args.quick) if re.search(args.only, c.name)]
-        peaks = ceilings.of_core()
-        timings = measure(cases, peaks, num_rounds, console)
-        console.print(f"native kernels, {kernels.instruction_set}")
-        console.print(table_of(timings, peaks))
-        results["cpu"] = {"peaks": asdict(peaks), "timings": [asdict(t) for t in timings]}
-    if torch.cuda.is_available():
-        results["gpu"] = _on_gpu(shape, num_rounds, args.only, console)
-    else:
-        console.print("no GPU here: its part is left out")
-    if args.json is not None:
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
-    return 0 if results else 2
-
-
-def _on_gpu(shape: Shape, num_rounds: int, only: str, console: Console) -> dict[str, object]:
-    peaks = ceilings.of_gpu()
-    timings = []
-    for case, time_s in gpu_cases(shape, num_rounds):
-        if re.search(only, case.name):
-            floor_s = peaks.floor_s(case.num_bytes, case.num_operations, is_integer=False)
-            timings.append(Timing(case.name, time_s, time_s, time_s, floor_s, None))
-    console.print(table_of(timings, peaks))
-    return {"peaks": asdict(peaks), "timings": [asdict(t) for t in timings]}
 
 
 if __name__ == "__main__":

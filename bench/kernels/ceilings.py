@@ -83,12 +83,12 @@ def median_of(rounds: Sequence[Ceilings]) -> Ceilings:
         return median(present) if present else None
 
     return Ceilings(
-        median(one.memory_gb_s for one in rounds),
-        *(
-            middle([getattr(one, name) for one in rounds])
-            for name in ("cache_gb_s", "float_gop_s", "int8_gop_s", "int4_gop_s")
-        ),
-        {key: median(one.details[key] for one in rounds) for key in rounds[0].details},
+        memory_gb_s=median(one.memory_gb_s for one in rounds),
+        cache_gb_s=middle([one.cache_gb_s for one in rounds]),
+        float_gop_s=middle([one.float_gop_s for one in rounds]),
+        int8_gop_s=middle([one.int8_gop_s for one in rounds]),
+        int4_gop_s=middle([one.int4_gop_s for one in rounds]),
+        details={key: median(one.details[key] for one in rounds) for key in rounds[0].details},
     )
 
 
@@ -119,7 +119,14 @@ class CoreProbe:
             done = subprocess.run(command, capture_output=True, text=True, timeout=_RUN_BUDGET_S, check=True)
             found = parse(done.stdout)
         reads = {name: value for name, value in found.items() if name.startswith("read_")}
-        return Ceilings(max(reads.values()), *(found.get(name) for name in ("cache", "fma", "int8", "int4")), reads)
+        return Ceilings(
+            memory_gb_s=max(reads.values()),
+            cache_gb_s=found.get("cache"),
+            float_gop_s=found.get("fma"),
+            int8_gop_s=found.get("int8"),
+            int4_gop_s=found.get("int4"),
+            details=reads,
+        )
 
     def close(self) -> None:
         """Delete the program."""

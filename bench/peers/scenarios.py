@@ -59,19 +59,13 @@ class Scenario:
 
 def scenarios(cores: Cores, window_s: float) -> dict[str, Scenario]:
     """Return every scenario by its name; `window_s` is the length of each phase of the interference ones."""
+    made = [*_one_core(cores), *_two_cores(cores, window_s)]
+    return {scenario.name: scenario for scenario in made}
+
+
+def _one_core(cores: Cores) -> list[Scenario]:
     on_prefill, on_decode = (cores.prefill,), (cores.decode,)
-    beside = Interference(long_tokens=_LONG_TOKENS, every_s=10.0, window_s=window_s)
-    interference = (
-        ("steady ITL p50 ms", "alone"),
-        ("steady ITL p99 ms", "alone"),
-        ("steady tokens/s", "alone"),
-        ("steady ITL p50 ms", "arrivals"),
-        ("steady ITL p99 ms", "arrivals"),
-        ("steady ITL max ms", "arrivals"),
-        ("steady tokens/s", "arrivals"),
-        ("long TTFT ms", "arrivals"),
-    )
-    made = [
+    return [
         Scenario(
             "one-stream",
             (SPLIT, LLAMA_1, LLAMA_1_THREAD, SPLIT_Q4_1, LLAMA_1_Q4_1),
@@ -93,19 +87,22 @@ def scenarios(cores: Cores, window_s: float) -> dict[str, Scenario]:
             on_decode,
             (("prefill tokens/s", None), ("TTFT ms", None)),
         ),
-        Scenario("interference", (SPLIT, *TUNED_PEERS, COLOCATED), beside, cores.both, interference),
-        Scenario("interference-defaults", (SPLIT, LLAMA, VLLM, TRANSFORMERS), beside, cores.both, interference),
-        Scenario("interference-busy", (SPLIT,), beside, cores.both, interference),
-        Scenario(
-            "router",
-            (SPLIT,),
-            Closed(concurrency=64, requests=64, prompt_tokens=16, output_tokens=64),
-            cores.both,
-            (("router us/token", None),),
-        ),
+    ]
+
+
+def _two_cores(cores: Cores, window_s: float) -> list[Scenario]:
+    beside = Interference(long_tokens=_LONG_TOKENS, every_s=10.0, window_s=window_s)
+    alone = tuple((f"steady {name}", "alone") for name in ("ITL p50 ms", "ITL p99 ms", "tokens/s"))
+    arrivals = ("steady ITL p50 ms", "steady ITL p99 ms", "steady ITL max ms", "steady tokens/s", "long TTFT ms")
+    shown = (*alone, *((name, "arrivals") for name in arrivals))
+    many = Closed(concurrency=64, requests=64, prompt_tokens=16, output_tokens=64)
+    return [
+        Scenario("interference", (SPLIT, *TUNED_PEERS, COLOCATED), beside, cores.both, shown),
+        Scenario("interference-defaults", (SPLIT, LLAMA, VLLM, TRANSFORMERS), beside, cores.both, shown),
+        Scenario("interference-busy", (SPLIT,), beside, cores.both, shown),
+        Scenario("router", (SPLIT,), many, cores.both, (("router us/token", None),)),
         Scenario("start", (MAKE_SERVE,), None, cores.both, (("start s", None),)),
     ]
-    return {scenario.name: scenario for scenario in made}
 
 
 def long_prompt_alone() -> Workload:
@@ -127,74 +124,58 @@ def with_busy_arrivals(scenario: Scenario, prompt_s: float) -> Scenario:
 
 def targets() -> list[Target]:
     """Return the targets in the order of the table."""
-    one, eight, prefill, beside = "one-stream", "eight-streams", "prefill", "interference"
-
-    def ratio(what: str, above: Measure, recipe: str, bound: float, *, is_at_most: bool = True) -> Target:
-        return Target(what, above, replace(above, recipe=recipe), bound, is_at_most)
-
-    def with_arrivals(what: str, scenario: str) -> Target:
-        above = Measure(scenario, SPLIT, "steady ITL p99 ms", "arrivals")
-        return Target(what, above, replace(above, phase="alone"), 1.15)
-
-    made = [
-        ratio("TPOT, 1 stream: Baton Q4_0 / llama Q4_0, 1 core", Measure(one, SPLIT, "TPOT ms"), LLAMA_1, 0.6),
-        ratio("TPOT, 1 stream: Baton Q4_0 / llama Q4_0, 1 thread", Measure(one, SPLIT, "TPOT ms"), LLAMA_1_THREAD, 0.6),
-        ratio("TPOT, 1 stream: Baton Q4_1 / llama Q4_0, 1 core", Measure(one, SPLIT_Q4_1, "TPOT ms"), LLAMA_1, 0.6),
-        ratio(
-            "TPOT, 1 stream: Baton Q4_1 / llama Q4_1 (same file), 1 core",
-            Measure(one, SPLIT_Q4_1, "TPOT ms"),
-            LLAMA_1_Q4_1,
-            0.5,
-        ),
-        ratio(
-            "decode tokens/s, 8 streams: Baton Q4_0 / llama Q4_0, 1 core",
-            Measure(eight, SPLIT, "decode tokens/s"),
-            LLAMA_1,
-            1.5,
-            is_at_most=False,
-        ),
-        ratio(
-            "decode tokens/s, 8 streams: Baton Q4_0 / llama Q4_0, 1 thread",
-            Measure(eight, SPLIT, "decode tokens/s"),
-            LLAMA_1_THREAD,
-            1.5,
-            is_at_most=False,
-        ),
-        ratio(
-            "prefill tokens/s, 512 tokens: Baton Q4_0 / llama Q4_0, 1 core",
-            Measure(prefill, SPLIT, "prefill tokens/s"),
-            LLAMA_1_PREFILL,
-            2.0,
-            is_at_most=False,
-        ),
-        with_arrivals("steady ITL p99, Baton split: with prompts each 10 s / alone", beside),
-        with_arrivals("steady ITL p99, Baton split: prefill core 70 % busy / alone", "interference-busy"),
-    ]
-    for peer in TUNED_PEERS:
-        made += [
-            ratio(
-                f"steady ITL p99 beside prompts: Baton split / {peer}",
-                Measure(beside, SPLIT, "steady ITL p99 ms", "arrivals"),
-                peer,
-                0.15,
-            ),
-            ratio(
-                f"steady tokens/s beside prompts: Baton split / {peer}",
-                Measure(beside, SPLIT, "steady tokens/s", "arrivals"),
-                peer,
-                1.0,
-                is_at_most=False,
-            ),
-            ratio(
-                f"TTFT of the long prompts: Baton split / {peer}",
-                Measure(beside, SPLIT, "long TTFT ms", "arrivals"),
-                peer,
-                1.0,
-            ),
-        ]
+    prefill = Measure("prefill", SPLIT, "TTFT ms")
     return [
-        *made,
-        ratio("TTFT, 512 tokens, idle: Baton split / colocated", Measure(prefill, SPLIT, "TTFT ms"), COLOCATED_1, 1.05),
+        *_one_core_targets(),
+        *(_arrivals_target(what, name) for what, name in _ARRIVALS),
+        *(target for peer in TUNED_PEERS for target in _peer_targets(peer)),
+        _ratio("TTFT, 512 tokens, idle: Baton split / colocated", prefill, COLOCATED_1, 1.05),
         Target("router CPU us per token, 64 streams", Measure("router", SPLIT, "router us/token"), None, 60.0),
         Target("start of `make serve`, s", Measure("start", MAKE_SERVE, "start s"), None, 4.0),
+    ]
+
+
+_ARRIVALS: Final = (
+    ("with prompts each 10 s / alone", "interference"),
+    ("prefill core 70 % busy / alone", "interference-busy"),
+)
+
+
+def _ratio(what: str, above: Measure, recipe: str, bound: float, *, is_at_most: bool = True) -> Target:
+    """Bound a figure's ratio to the same figure of another server."""
+    return Target(what, above, replace(above, recipe=recipe), bound, is_at_most)
+
+
+def _arrivals_target(what: str, scenario: str) -> Target:
+    above = Measure(scenario, SPLIT, "steady ITL p99 ms", "arrivals")
+    return Target(f"steady ITL p99, Baton split: {what}", above, replace(above, phase="alone"), 1.15)
+
+
+def _one_core_targets() -> list[Target]:
+    tpot, tpot_q4_1 = Measure("one-stream", SPLIT, "TPOT ms"), Measure("one-stream", SPLIT_Q4_1, "TPOT ms")
+    decode = Measure("eight-streams", SPLIT, "decode tokens/s")
+    prefill = Measure("prefill", SPLIT, "prefill tokens/s")
+    eight, one = "decode tokens/s, 8 streams: Baton Q4_0 / llama Q4_0", "TPOT, 1 stream: Baton"
+    prompt = "prefill tokens/s, 512 tokens: Baton Q4_0 / llama Q4_0, 1 core"
+    return [
+        _ratio(f"{one} Q4_0 / llama Q4_0, 1 core", tpot, LLAMA_1, 0.6),
+        _ratio(f"{one} Q4_0 / llama Q4_0, 1 thread", tpot, LLAMA_1_THREAD, 0.6),
+        _ratio(f"{one} Q4_1 / llama Q4_0, 1 core", tpot_q4_1, LLAMA_1, 0.6),
+        _ratio(f"{one} Q4_1 / llama Q4_1 (same file), 1 core", tpot_q4_1, LLAMA_1_Q4_1, 0.5),
+        _ratio(f"{eight}, 1 core", decode, LLAMA_1, 1.5, is_at_most=False),
+        _ratio(f"{eight}, 1 thread", decode, LLAMA_1_THREAD, 1.5, is_at_most=False),
+        _ratio(prompt, prefill, LLAMA_1_PREFILL, 2.0, is_at_most=False),
+    ]
+
+
+def _peer_targets(peer: str) -> list[Target]:
+    """Bound what prompts do to streams against one tuned peer; the harshest of them is that against the best."""
+    itl, rate, ttft = (
+        Measure("interference", SPLIT, name, "arrivals")
+        for name in ("steady ITL p99 ms", "steady tokens/s", "long TTFT ms")
+    )
+    return [
+        _ratio(f"steady ITL p99 beside prompts: Baton split / {peer}", itl, peer, 0.15),
+        _ratio(f"steady tokens/s beside prompts: Baton split / {peer}", rate, peer, 1.0, is_at_most=False),
+        _ratio(f"TTFT of the long prompts: Baton split / {peer}", ttft, peer, 1.0),
     ]
