@@ -24,6 +24,7 @@ from typing import Any
 from baton import config
 from baton.options import Option, options_of
 from baton.settings import Settings, merge
+from baton.values import switch
 from model.errors import ModelError
 from protocol.errors import BatonError, ConfigError
 
@@ -101,12 +102,15 @@ def _add_options(command: argparse.ArgumentParser, role: str) -> None:
     groups: dict[str, argparse._ArgumentGroup] = {}
     for option in options_of(role):
         group = groups.setdefault(option.group, command.add_argument_group(option.group))
+        # A switch needs no value on the command line: naming it turns it on.
+        bare: dict[str, Any] = {"nargs": "?", "const": "true"} if option.parse is switch else {}
         group.add_argument(
             f"--{option.name}",
             dest=option.key,
             metavar=option.unit.upper() or "VALUE",
             action="append" if option.is_list else "store",
             help=argparse.SUPPRESS if option.is_hidden else describe(option).replace("%", "%%"),
+            **bare,
         )
 
 

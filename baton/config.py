@@ -161,6 +161,8 @@ def serve_config(settings: Settings) -> ServeConfig:
         _check_colocated(settings)
         cores = None
     else:
+        if settings["prefill_sms"]:
+            raise ConfigError("prefill-sms: divides a GPU between the roles of one process: only with --mode colocated")
         names = ("threads", "prefill_threads", "decode_threads")
         request = CoreRequest(
             **{name: settings[name] for name in names},
@@ -192,6 +194,8 @@ def _check_colocated(settings: Settings) -> None:
     for key in split:
         if key in settings.given:
             raise ConfigError(f"{key.replace('_', '-')}: has no meaning in colocated mode, which is one process")
+    if settings["prefill_sms"] and not computes_on_gpu(settings):
+        raise ConfigError("prefill-sms: divides the multiprocessors of a GPU; there is none, or --device says cpu")
 
 
 def _prefill(

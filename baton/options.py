@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
-from baton.values import core_set, number, text, whole
+from baton.values import core_set, number, switch, text, whole
 from decode.config import DecodeConfig
 from engine.config import EngineConfig, ServiceConfig
 from kvtransfer.config import TransferConfig
@@ -130,11 +130,16 @@ def _served_model() -> tuple[Option, ...]:
         ),
         Option(
             name="quantization", group=group, roles=cpu_roles, parse=text, fills=((EngineConfig, "quantization"),),
-            help="auto keeps a GGUF file's own on a CPU unless dtype is given; none, stored, int8 or int4.",
+            help="auto keeps a GGUF file's own on a CPU unless dtype is given; none, stored, int8, int4; fp8 on a GPU.",
         ),
         Option(
             name="kernels", group=group, roles=cpu_roles, parse=text, fills=((EngineConfig, "kernels"),),
-            help="auto takes the native CPU kernels where they can run; native insists on them, torch avoids them.",
+            help="auto takes native on a CPU, triton on a GPU; either name insists on its own, torch avoids both.",
+        ),
+        Option(
+            name="enforce-eager", group=group, roles=SERVE | DECODE | COLOCATED, parse=switch,
+            fills=((EngineConfig, "enforce_eager"),), default_text="false",
+            help="On a GPU launch decode steps kernel by kernel, without CUDA graphs; slower, for debugging.",
         ),
         Option(
             name="device", group=group, roles=cpu_roles, parse=text, fills=((EngineConfig, "device"),),
@@ -268,6 +273,12 @@ def _scheduling() -> tuple[Option, ...]:
             fills=((PrefillConfig, "layer_push_min_tokens"),), help="Smaller chunks are pushed whole.",
         ),
         Option(
+            name="prefill-sms", group=group, roles=SERVE | COLOCATED, parse=whole, unit="multiprocessors",
+            fills=((PrefillConfig, "num_sms"),),
+            help="Colocated on a GPU: multiprocessors that prompts are computed on, a multiple of 8; decode has the "
+            "others to itself. 0 does not divide them.",
+        ),
+        Option(
             name="max-num-seqs", group=group, roles=decodes, parse=whole, unit="sequences",
             fills=((DecodeConfig, "max_num_seqs"),), help="Sequences that a decode worker holds at once.",
         ),
@@ -366,6 +377,12 @@ def _transfer() -> tuple[Option, ...]:
         Option(
             name="transfer-host", group=group, roles=PREFILL | DECODE, parse=text, fills=((TransferConfig, "host"),),
             help="Address that a prefill worker's peer port binds to and decode workers dial.",
+        ),
+        Option(
+            name="kv-staging", group=group, roles=roles, parse=text, fills=((TransferConfig, "kv_staging"),),
+            choices=("auto", "device", "host"),
+            help="Memory that KV is sent from and received into: auto is a GPU's if both ends have one and it passes "
+            "the test at registration, else the host's; device insists on a GPU's, host never takes it.",
         ),
         Option(
             name="slot-bytes", group=group, roles=roles, parse=whole, unit="bytes",

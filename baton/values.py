@@ -33,6 +33,16 @@ def number(value: object) -> float:
     return parsed
 
 
+def switch(value: object) -> bool:
+    """Accept true or false, also written as text."""
+    if isinstance(value, bool):
+        return value
+    word = text(value).lower() if isinstance(value, str) else ""
+    if word not in ("true", "false"):
+        raise ValueError(f"expected true or false, got {value!r}")
+    return word == "true"
+
+
 def core_set(value: object) -> tuple[int, ...]:
     """Accept CPU cores: a whole number, a list of them, or text like "0,2-5"; sorted, without repeats."""
     if isinstance(value, list | tuple):

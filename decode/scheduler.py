@@ -4,21 +4,33 @@
         │            │                    │ └── no block left: the youngest ─► preempted, gone; placed again
         └─ no room   └────── drop() ──────┴─────────────────────────────► gone
 
+    expect() ──► RESERVED ──take()───► RUNNING      prompt computed in the same pool: a slot, and blocks with take()
+
 Sequences join and leave between two steps. A running sequence takes a new block whenever it enters one. When the pool
 is dry the youngest running sequence gives way; it is reported, and the router places it again with the tokens that the
 client has. Those are replayed: computed one per step like any other, their samples discarded.
+
+    schedule() ─► step in flight ─► apply()         on a GPU several steps are in flight at once
+
+Over a common pool prompts hold blocks that belong to no running sequence yet. The last running sequence never gives way
+to them: it waits, since each of them ends or joins, and then gives way first. So the oldest one always gets on.
+
+A step may be scheduled before the one ahead of it is applied: the device knows the token, this side its position. What
+leaves while steps with it are in flight keeps its blocks until the last of them is applied, since they write there.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+from decode.promises import Promises
 from engine.batch import BatchItem
 from engine.block_pool import BlockPool
 from engine.sampler import Sampled
 from engine.sequence import Sequence, num_blocks_for
-from protocol.block_hash import BlockHash, next_block_hash
+from protocol.block_hash import BlockHash, block_hashes, next_block_hash
 from protocol.errors import OutOfBlocks
 from protocol.request import FinishReason, TokenRow
 
@@ -28,6 +40,7 @@ class SlotState(Enum):
 
     RESERVED = auto()
     RUNNING = auto()
+    LEAVING = auto()
 
 
 @dataclass(slots=True, eq=False)
@@ -36,6 +49,13 @@ class _Slot:
     num_prompt_blocks: int
     num_emitted: int
     state: SlotState = SlotState.RESERVED
+    num_in_flight: int = 0
+    is_paused: bool = False
+
+    @property
+    def position(self) -> int:
+        """Place of the token that the next scheduled step computes."""
+        return self.sequence.num_computed_tokens + self.num_in_flight
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,27 +82,54 @@ class DecodeScheduler:
         block_size: tokens per block.
         max_num_seqs: sequences held at once.
         watermark_blocks: blocks kept back from new sequences while others are held.
+        max_model_len: bound of prompt plus output tokens.
+        growth_blocks: most blocks that a running sequence takes at once when it enters a new one.
+        has_own_pool: whether prompts are computed elsewhere and sent here, into blocks of `reserve`; else `expect`.
+        hides_generated: name blocks with output tokens so that no prompt finds them, only the same sequence resumed:
+            where the phases' arithmetic differs, a prompt's result must not depend on who computed its prefix.
     """
 
-    def __init__(self, pool: BlockPool, block_size: int, max_num_seqs: int, watermark_blocks: int) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        block_size: int,
+        max_num_seqs: int,
+        watermark_blocks: int,
+        max_model_len: int,
+        growth_blocks: int = 1,
+        *,
+        has_own_pool: bool = True,
+        hides_generated: bool = False,
+    ) -> None:
         self._pool = pool
         self._block_size = block_size
         self._max_num_seqs = max_num_seqs
         self._watermark_blocks = watermark_blocks
+        self._max_model_len = max_model_len
+        self._growth_blocks = growth_blocks
+        self._has_own_pool = has_own_pool
+        self._hides_generated = hides_generated
+        self._promises = Promises()
         self._slots: dict[int, _Slot] = {}
         self._running: list[_Slot] = []
+        self._leaving: dict[int, _Slot] = {}
         self.num_preemptions = 0
         self.num_replayed_tokens = 0
 
     @property
     def num_held(self) -> int:
         """Sequences that hold blocks."""
-        return len(self._slots)
+        return len(self._slots) + len(self._leaving)
 
     @property
     def num_running(self) -> int:
         """Sequences that take part in the next step."""
         return len(self._running)
+
+    @property
+    def num_kept_back(self) -> int:
+        """Blocks of a common pool that a beginning prompt must leave to running sequences."""
+        return self._watermark_blocks if self._running else 0
 
     def reserve(self, sequence: Sequence) -> Reserved:
         """Hold blocks for a prompt (and what was emitted before), reusing a cached prefix.
@@ -93,8 +140,8 @@ class DecodeScheduler:
         Raises:
             OutOfBlocks: no room now; nothing changed.
         """
-        if len(self._slots) >= self._max_num_seqs:
-            raise OutOfBlocks(f"all {self._max_num_seqs} sequence slots are taken")
+        self._require_slot()
+        self._hide_generated(sequence)
         num_tokens = max(len(sequence.tokens), sequence.num_prompt_tokens + 1)
         # The last token is always computed here: its logits give the next one.
         cached = self._pool.match(sequence.names[: (num_tokens - 1) // self._block_size])
@@ -114,6 +161,55 @@ class DecodeScheduler:
         self._slots[sequence.transfer_id] = _Slot(sequence, num_prompt_blocks, num_emitted)
         return Reserved(tuple(sequence.block_ids[:num_prompt_blocks]), min(len(cached), num_prompt_blocks))
 
+    def expect(self, sequence: Sequence) -> None:
+        """Hold a slot for a sequence whose prompt is computed in this pool; its blocks come with `take`.
+
+        Raises:
+            OutOfBlocks: no slot, or no room for prompt, emitted tokens and what is promised already; nothing changed.
+        """
+        self._require_slot()
+        self._hide_generated(sequence)
+        names, promises = sequence.names, self._promises
+        num_blocks = num_blocks_for(max(len(sequence.tokens), sequence.num_prompt_tokens + 1), self._block_size)
+        num_unnamed = num_blocks - len(names)
+        unheld = [name for name in names if not self._pool.num_leased((name,))]
+        num_wanted = promises.num_blocks + promises.num_new(unheld) + num_unnamed
+        self._require_room(0, num_wanted)
+        promises.add(sequence.transfer_id, unheld, num_unnamed)
+        num_emitted = len(sequence.tokens) - sequence.num_prompt_tokens
+        num_prompt_blocks = num_blocks_for(sequence.num_prompt_tokens, self._block_size)
+        self._slots[sequence.transfer_id] = _Slot(sequence, num_prompt_blocks, num_emitted)
+
+    def awaits(self, transfer_id: int) -> bool:
+        """Whether a sequence has a slot and no prompt yet."""
+        slot = self._slots.get(transfer_id)
+        return slot is not None and slot.state is SlotState.RESERVED
+
+    def begun(self, transfer_id: int) -> None:
+        """Note that a prompt holds its blocks, which were promised."""
+        self._promises.remove(transfer_id)
+
+    def take(self, transfer_id: int, block_ids: Seq[int], first_token_id: int) -> bool:
+        """Hold the blocks of a prompt computed in this pool and let its sequence run; False if it has no slot any more.
+
+        Args:
+            transfer_id: of the placement.
+            block_ids: of the whole prompt, in order, held by the caller until this returns.
+            first_token_id: output token 0.
+        """
+        if not self.awaits(transfer_id):
+            return False
+        seq = self._slots[transfer_id].sequence
+        # What was emitted before may still be cached. The last token is always computed: its logits give the next one.
+        num_full = seq.num_prompt_tokens // self._block_size
+        generated = self._pool.match(seq.names[num_full : (len(seq.tokens) - 1) // self._block_size])
+        blocks = [*block_ids[:num_full], *generated] if generated else list(block_ids)
+        self._pool.acquire(blocks)
+        seq.add_blocks(blocks)
+        seq.num_computed_tokens = max(seq.num_prompt_tokens, (num_full + len(generated)) * self._block_size)
+        self.commit(transfer_id, first_token_id)
+        return True
+
     def commit(self, transfer_id: int, first_token_id: int) -> None:
         """Let a sequence whose prompt has landed join the batch; unknown ones were aborted meanwhile."""
         slot = self._slots.get(transfer_id)
@@ -129,40 +225,76 @@ class DecodeScheduler:
         self._running.append(slot)
 
     def schedule(self) -> StepPlan:
-        """Return the next step. Preempted sequences are gone already."""
+        """Return the next step; empty where nobody can go on. Preempted sequences are gone already."""
         plan = StepPlan()
         for slot in list(self._running):
-            if slot in self._running and not self._has_block(slot, plan):
-                self._preempt(slot, plan)
-        plan.items.extend(
-            BatchItem(slot.sequence, slot.sequence.num_computed_tokens, 1, wants_logits=True) for slot in self._running
-        )
+            if slot.num_in_flight == 0:
+                slot.is_paused = False
+            if slot.state is not SlotState.RUNNING or slot.is_paused or self._has_last_token(slot):
+                continue
+            if self._has_block(slot, plan):
+                plan.items.append(BatchItem(slot.sequence, slot.position, 1, wants_logits=True))
+            else:
+                # Its lane is given up with this step, and the host knows its tokens only once nothing is in flight.
+                slot.is_paused = True
+        for item in plan.items:
+            self._slots[item.sequence.transfer_id].num_in_flight += 1
         return plan
 
-    def apply(self, plan: StepPlan, results: list[Sampled], max_model_len: int) -> list[TokenRow]:
-        """Take the step's samples; return a row for each new token. Finished sequences are gone afterwards."""
+    def apply(self, plan: StepPlan, results: list[Sampled]) -> list[TokenRow]:
+        """Take a step's samples, in the order of scheduling; return a row for each new token.
+
+        Finished sequences are gone afterwards. Samples of sequences that left meanwhile are thrown away.
+        """
         rows = []
         for item, result in zip(plan.items, results, strict=True):
-            slot = self._slots[item.sequence.transfer_id]
+            transfer_id = item.sequence.transfer_id
+            slot = self._slots.get(transfer_id) or self._leaving[transfer_id]
+            slot.num_in_flight -= 1
+            if slot.state is SlotState.LEAVING:
+                self._release_if_idle(slot)
+                continue
             seq = slot.sequence
             seq.num_computed_tokens += 1
             self._name_full_block(seq)
             if seq.num_computed_tokens < len(seq.tokens):
                 self.num_replayed_tokens += 1
                 continue
+            assert result.token_id >= 0, "the device ended a sequence that has not ended"
             seq.tokens.append(result.token_id)
-            rows.append(self._row(slot, result, max_model_len))
+            rows.append(self._row(slot, result))
             if rows[-1].finish_reason is not None:
-                self.drop(seq.transfer_id)
+                self.drop(transfer_id)
         return rows
 
     def drop(self, transfer_id: int) -> None:
-        """Forget a sequence and release its blocks; idempotent. Nothing may write into them any more."""
+        """Forget a sequence and release its blocks as soon as no step in flight has it; idempotent.
+
+        No transfer may write into its blocks any more.
+        """
         slot = self._slots.pop(transfer_id, None)
+        self._promises.remove(transfer_id)
         if slot is not None:
             if slot.state is SlotState.RUNNING:
                 self._running.remove(slot)
+            slot.state = SlotState.LEAVING
+            self._leaving[transfer_id] = slot
+            self._release_if_idle(slot)
+
+    def _release_if_idle(self, slot: _Slot) -> None:
+        if slot.num_in_flight == 0:
+            del self._leaving[slot.sequence.transfer_id]
             self._pool.release(slot.sequence.take_blocks())
+
+    def _has_last_token(self, slot: _Slot) -> bool:
+        """Tell whether the steps in flight bring the last token that the request or the context has room for."""
+        seq = slot.sequence
+        limit = min(seq.sampling.max_tokens, self._max_model_len - seq.num_prompt_tokens)
+        return slot.position - seq.num_prompt_tokens + 2 > limit
+
+    def _require_slot(self) -> None:
+        if len(self._slots) >= self._max_num_seqs:
+            raise OutOfBlocks(f"all {self._max_num_seqs} sequence slots are taken")
 
     def _require_room(self, num_fresh: int, num_wanted: int) -> None:
         """Refuse what fits only by leaving running sequences nothing to grow into."""
@@ -173,17 +305,31 @@ class DecodeScheduler:
             )
 
     def _has_block(self, slot: _Slot, plan: StepPlan) -> bool:
-        """Give a sequence the block of its next position, preempting younger ones; False if it is the youngest."""
+        """Give a sequence the block of its next position, at the cost of younger ones; False if it must wait or go."""
         seq = slot.sequence
-        while seq.num_computed_tokens // self._block_size >= len(seq.block_ids):
+        while slot.position // self._block_size >= len(seq.block_ids):
+            spare = self._pool.num_available - self._watermark_blocks
             try:
-                seq.add_blocks(self._pool.allocate(1))
+                seq.add_blocks(self._pool.allocate(max(1, min(self._blocks_to_grow(slot), spare))))
             except OutOfBlocks:
+                if self._leaving:
+                    return False  # blocks come free with the steps in flight
                 youngest = self._running[-1]
-                if youngest is slot:
+                if len(self._running) == 1 and self._is_prompt_underway(seq):
                     return False
                 self._preempt(youngest, plan)
+                if youngest is slot:
+                    return False
         return True
+
+    def _is_prompt_underway(self, seq: Sequence) -> bool:
+        """Tell whether a prompt in the common pool holds blocks beside this sequence: it will end or join by itself."""
+        return not self._has_own_pool and self._pool.num_leased_blocks > len(seq.block_ids)
+
+    def _blocks_to_grow(self, slot: _Slot) -> int:
+        seq = slot.sequence
+        last = min(self._max_model_len, seq.num_prompt_tokens + seq.sampling.max_tokens)
+        return min(self._growth_blocks, num_blocks_for(last, self._block_size) - len(seq.block_ids))
 
     def _preempt(self, slot: _Slot, plan: StepPlan) -> None:
         self.num_preemptions += 1
@@ -195,14 +341,27 @@ class DecodeScheduler:
             return
         index = seq.num_computed_tokens // self._block_size - 1
         if index >= len(seq.names):
-            parent: BlockHash = seq.names[-1] if seq.names else seq.root
             first = index * self._block_size
-            seq.names.append(next_block_hash(parent, seq.tokens[first : first + self._block_size]))
+            tokens = seq.tokens[first : first + self._block_size]
+            seq.names.append(next_block_hash(self._parent(seq, index), tokens))
         self._pool.name(seq.block_ids[index], seq.names[index])
 
-    def _row(self, slot: _Slot, result: Sampled, max_model_len: int) -> TokenRow:
+    def _parent(self, seq: Sequence, index: int) -> BlockHash:
+        """Give what the name of a block is derived from: its predecessor's, marked where generated blocks begin."""
+        parent = seq.names[index - 1] if index else seq.root
+        if self._hides_generated and index == seq.num_prompt_tokens // self._block_size:
+            return next_block_hash(parent, ())  # the name of no block, since none is empty
+        return parent
+
+    def _hide_generated(self, seq: Sequence) -> None:
+        num_full = seq.num_prompt_tokens // self._block_size
+        if self._hides_generated and len(seq.names) > num_full:
+            tokens = seq.tokens[num_full * self._block_size :]
+            seq.names[num_full:] = block_hashes(tokens, self._block_size, self._parent(seq, num_full))
+
+    def _row(self, slot: _Slot, result: Sampled) -> TokenRow:
         seq = slot.sequence
         reason: FinishReason | None = seq.sampling.finish_reason(
-            result.token_id, seq.num_output_tokens, max_model_len - len(seq.tokens)
+            result.token_id, seq.num_output_tokens, self._max_model_len - len(seq.tokens)
         )
         return TokenRow(seq.request_id, seq.epoch, seq.num_output_tokens - 1, result.token_id, reason, result.logprobs)

@@ -5,6 +5,8 @@
    No room: `Declined`, and the router places it elsewhere or later.
 3. Pieces land in the granted blocks, on the event loop, beside the running steps.
 4. COMMIT and every piece landed: the sequence joins the batch between two steps; tokens emitted before are replayed.
+   Colocated with prefill, over one pool: 1. asks for a slot alone, 2. and 3. fall away, and 4. comes from the prefill
+   stepper beside this one, as the ids of the prompt's blocks (`engine/local_handoff.py`).
 5. Every step sends one message with the new tokens to each router. A sequence ends by EOS, a stop token, its length
    limit or the end of the context; stop strings end it from the router by `Abort`.
 """
@@ -17,6 +19,7 @@ import logging
 from decode.config import DecodeConfig
 from decode.scheduler import DecodeScheduler
 from decode.stepper import (
+    Abandoned,
     DecodeEmission,
     DecodeStepper,
     DropSequence,
@@ -26,13 +29,16 @@ from decode.stepper import (
     ReserveBlocks,
     StepRows,
 )
-from engine.block_pool import BlockPool
+from engine.block_pool import BlockPool, PoolWatch
 from engine.compute_loop import ComputeLoop
+from engine.decode_runner import DecodeRunner
+from engine.execution import open_decode_runner, stays_on_device
 from engine.loading import LoadedModel, load, pin_process
+from engine.local_handoff import LocalLink, OnePool
 from engine.placement import refusal_of, sequence_of
-from engine.runner import Runner
 from engine.service import WorkerService, drain_on_signals, new_registration
 from kvtransfer.receiving import ReceiveSide
+from kvtransfer.stats import TransferStats
 from kvtransfer.transport import Identity, Transport
 from kvtransfer.transports import open_transport
 from protocol.wire import (
@@ -55,23 +61,17 @@ class DecodeWorker:
 
     Args:
         compute: the compute thread, not yet started.
-        transport: how KV arrives; owned by the caller.
+        arrival: how KV arrives: over a transport, owned by the caller, or in a pool shared with a prefill worker.
     """
 
-    def __init__(self, config: DecodeConfig, model: LoadedModel, compute: ComputeLoop, transport: Transport) -> None:
+    def __init__(
+        self, config: DecodeConfig, model: LoadedModel, compute: ComputeLoop, arrival: Transport | OnePool
+    ) -> None:
         self._model = model
         self._compute = compute
         self._open_transfers: set[int] = set()
-        kv_cache = model.new_kv_cache()
-        pool = BlockPool(model.num_blocks)
-        block_size = model.fingerprint.block_size
-        self._stepper = DecodeStepper(
-            Runner(model.decoder, kv_cache),
-            pool,
-            DecodeScheduler(pool, block_size, config.max_num_seqs, config.watermark_blocks),
-            lambda emission: compute.call_back(self._on_emission, emission),
-            model.max_model_len,
-        )
+        self._receiving: ReceiveSide | None = None
+        self._link: LocalLink | ReceiveSide
         registration = new_registration(
             config.service,
             Role.DECODE,
@@ -79,21 +79,49 @@ class DecodeWorker:
             (model.num_blocks, config.max_num_seqs, model.max_model_len),
             model.backend,
         )
+        if isinstance(arrival, OnePool):
+            runner = open_decode_runner(model, arrival.kv_cache, config.max_num_seqs, log.info, arrival.queues.decode)
+            self._stepper = arrival.taker = self._new_stepper(config, runner, arrival.pool, arrival.watch)
+            self._link = LocalLink(arrival, self._announce_links)
+        else:
+            kv_cache = model.new_kv_cache()
+            runner = open_decode_runner(model, kv_cache, config.max_num_seqs, log.info)
+            self._stepper = self._new_stepper(config, runner, BlockPool(model.num_blocks), None)
+            self._link = self._receiving = ReceiveSide(
+                kv_cache,
+                config.transfer,
+                arrival,
+                Identity(registration.worker_id, registration.instance, model.fingerprint),
+                on_complete=self._on_landed,
+                on_failed=self._on_transfer_failed,
+                on_links=self._announce_links,
+            )
         self.service = WorkerService(config.service, registration, self)
         compute.add(self._stepper, self.service.on_dead)
-        self._receiving = ReceiveSide(
-            kv_cache,
-            config.transfer,
-            transport,
-            Identity(registration.worker_id, registration.instance, model.fingerprint),
-            on_complete=self._on_landed,
-            on_failed=self._on_transfer_failed,
-            on_links=self._announce_links,
+
+    def _new_stepper(
+        self, config: DecodeConfig, runner: DecodeRunner, pool: BlockPool, watch: PoolWatch | None
+    ) -> DecodeStepper:
+        model = self._model
+        scheduler = DecodeScheduler(
+            pool,
+            model.fingerprint.block_size,
+            config.max_num_seqs,
+            config.watermark_blocks,
+            model.max_model_len,
+            runner.growth_blocks,
+            has_own_pool=watch is None,
+            # A device computes prompts and single tokens with different kernels, whose bits may differ.
+            hides_generated=stays_on_device(model),
+        )
+        return DecodeStepper(
+            runner, pool, scheduler, lambda emission: self._compute.call_back(self._on_emission, emission), watch
         )
 
     async def close(self) -> None:
         """Close every link; open transfers are dropped."""
-        await self._receiving.close()
+        if self._receiving is not None:
+            await self._receiving.close()
 
     # --- RoleHandler ---
 
@@ -109,18 +137,19 @@ class DecodeWorker:
     def abort(self, transfer_id: int, reason: str) -> None:
         """Forget a placement. Once the transfer is closed nothing writes into its blocks, so they may go."""
         self.service.release(transfer_id)
-        if transfer_id in self._open_transfers:
+        if self._receiving is not None and transfer_id in self._open_transfers:
             self._open_transfers.discard(transfer_id)
             self._receiving.abort(transfer_id, reason)
         self._compute.post(self._stepper, DropSequence(transfer_id))
 
     def set_members(self, peers: tuple[PeerAddress, ...]) -> None:
         """Link with exactly these prefill workers."""
-        self._receiving.set_peers(peers)
+        self._link.set_peers(peers)
 
     def stats(self) -> WorkerStats:
         """Return current gauges and counters."""
-        stepper, counters, received = self._stepper, self._stepper.counters, self._receiving.stats
+        stepper, counters = self._stepper, self._stepper.counters
+        received = TransferStats(counters.num_taken) if self._receiving is None else self._receiving.stats
         pool = stepper.pool_counts
         return WorkerStats(
             blocks_free=pool.free,
@@ -162,6 +191,10 @@ class DecodeWorker:
             self._open_transfer(emission)
         elif isinstance(emission, NoRoom):
             self._decline(emission.transfer_id, emission.reason)
+        elif isinstance(emission, Abandoned):
+            if emission.failure is not None:
+                self._tell_failed(emission.transfer_id, emission.failure)
+            self.service.release(emission.transfer_id)
         else:
             self.service.tell(emission.transfer_id, Preempted(transfer_id=emission.transfer_id))
             self.service.release(emission.transfer_id)
@@ -169,6 +202,7 @@ class DecodeWorker:
     def _open_transfer(self, granted: Granted) -> None:
         if not self.service.holds(granted.transfer_id):
             return  # aborted between the two threads: DropSequence is on its way to the compute thread
+        assert self._receiving is not None, "nothing is granted in a common pool"
         self._open_transfers.add(granted.transfer_id)
         reserved = granted.reserved
         self._receiving.open(granted.transfer_id, granted.sender_id, reserved.block_ids, reserved.num_cached_blocks)
@@ -179,16 +213,19 @@ class DecodeWorker:
 
     def _on_transfer_failed(self, transfer_id: int, reason: str) -> None:
         self._open_transfers.discard(transfer_id)
-        self.service.tell(transfer_id, TransferFailed(transfer_id=transfer_id, reason=reason[:4000]))
+        self._tell_failed(transfer_id, reason)
         self.service.release(transfer_id)
         self._compute.post(self._stepper, DropSequence(transfer_id))
+
+    def _tell_failed(self, transfer_id: int, reason: str) -> None:
+        self.service.tell(transfer_id, TransferFailed(transfer_id=transfer_id, reason=reason[:4000]))
 
     def _decline(self, transfer_id: int, reason: str) -> None:
         self.service.tell(transfer_id, Declined(transfer_id=transfer_id, reason=reason[:4000]))
         self.service.release(transfer_id)
 
     def _announce_links(self) -> None:
-        self.service.announce(Links(peers=self._receiving.links))
+        self.service.announce(Links(peers=self._link.links))
 
 
 async def run(config: DecodeConfig) -> int:

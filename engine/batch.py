@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import torch
+from torch import Tensor
 
 from engine.sequence import Sequence, num_blocks_for
 from model.batch import ForwardBatch
@@ -25,9 +27,18 @@ class BatchItem:
     wants_logits: bool
 
 
-def build_batch(items: Seq[BatchItem], block_size: int, device: torch.device) -> ForwardBatch:
-    """Return the batch of these items, rows in their order. Every position must have a block."""
-    is_decode = all(item.num_tokens == 1 and item.wants_logits for item in items)
+def build_batch(
+    items: Seq[BatchItem], block_size: int, upload: Callable[[np.ndarray[Any, Any]], Tensor], *, may_decode: bool = True
+) -> ForwardBatch:
+    """Return the batch of these items, rows in their order. Every position must have a block.
+
+    Args:
+        items: at least one.
+        block_size: tokens per block.
+        upload: turns an array into a tensor of the decoder's device.
+        may_decode: whether a batch of single tokens may be marked as a decode step.
+    """
+    is_decode = may_decode and all(item.num_tokens == 1 and item.wants_logits for item in items)
     counts = np.array([item.num_tokens for item in items], dtype=np.int32)
     query_start = np.zeros(len(items) + 1, dtype=np.int32)
     np.cumsum(counts, out=query_start[1:])
@@ -40,17 +51,14 @@ def build_batch(items: Seq[BatchItem], block_size: int, device: torch.device) ->
     last_rows = query_start[1:].astype(np.int64) - 1
     wanted = last_rows[[item.wants_logits for item in items]]
 
-    def tensor(array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> torch.Tensor:
-        return torch.from_numpy(array).to(device)
-
     return ForwardBatch(
-        token_ids=tensor(token_ids),
-        positions=tensor(positions),
-        slot_mapping=tensor(slots),
-        query_start=tensor(query_start),
-        seq_lens=tensor(seq_lens),
-        block_tables=tensor(tables),
-        logits_indices=tensor(wanted),
+        token_ids=upload(token_ids),
+        positions=upload(positions),
+        slot_mapping=upload(slots),
+        query_start=upload(query_start),
+        seq_lens=upload(seq_lens),
+        block_tables=upload(tables),
+        logits_indices=upload(wanted),
         is_decode=is_decode,
     )
 

@@ -47,6 +47,11 @@ class BlockPool:
         """Blocks that `allocate` can give now: free ones and cached ones."""
         return len(self._free) + len(self._cached)
 
+    @property
+    def num_leased_blocks(self) -> int:
+        """Blocks that somebody holds."""
+        return self.num_blocks - self.num_available
+
     def counts(self) -> PoolCounts:
         """Return the number of blocks in each state."""
         available = self.num_available
@@ -103,6 +108,11 @@ class BlockPool:
                 else:
                     self._free.append(block_id)
 
+    def num_leased(self, names: Sequence[BlockHash]) -> int:
+        """Return how many of these are leased: holding them too takes nothing from what is available."""
+        found = (self._block_of.get(name) for name in names)
+        return sum(block_id is not None and self._num_holders[block_id] > 0 for block_id in found)
+
     def check(self, num_expected_leased: int | None = None) -> None:
         """Assert the invariants; with a number, also that exactly so many blocks are leased."""
         leased = [b for b, holders in enumerate(self._num_holders) if holders > 0]
@@ -117,3 +127,20 @@ class BlockPool:
         block_id, _ = self._cached.popitem(last=False)
         del self._block_of[self._name_of.pop(block_id)]
         return block_id
+
+
+class PoolWatch:
+    """Checks a pool whenever the last of its users has become idle: nothing may be leased then. Used by one thread."""
+
+    def __init__(self, pool: BlockPool) -> None:
+        self._pool = pool
+        self._busy: set[object] = set()
+
+    def tell(self, user: object, is_busy: bool) -> None:
+        """Note whether a user holds anything."""
+        if is_busy:
+            self._busy.add(user)
+        elif user in self._busy:
+            self._busy.remove(user)
+            if not self._busy:
+                self._pool.check(num_expected_leased=0)

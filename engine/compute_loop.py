@@ -7,8 +7,11 @@
     callback(emission)  ◄── call_soon ── 3. emissions go back to the event loop
                                         4. nothing to do: sleep until the next event
 
-A colocated worker gives two steppers to one loop: a decode step and a prefill chunk then take turns. A stepper that
-raises has broken its own invariants: the loop reports it and ends, and the process must end too (it never limps).
+A colocated worker gives two steppers to one loop: a decode step and a prefill chunk then take turns. Where a step is
+only a launch and the launch is long, the stepper lets those added before it have turns in the middle of it
+(`give_turns`): a decode step is then never late because a prompt's hundreds of kernels are being launched. A stepper
+that waits for a device is asked again after a moment, or at once when an event comes. A stepper that raises has broken
+its own invariants: the loop reports it and ends, and the process must end too (it never limps).
 """
 
 from __future__ import annotations
@@ -26,10 +29,19 @@ import torch
 log = logging.getLogger(__name__)
 
 STOP_BUDGET_S = 10.0
+# How long the thread sleeps between two looks at a device: long beside a look, short beside a step.
+DEVICE_LOOK_S = 50e-6
 
 
 class Stepper(Protocol):
-    """What the compute thread drives. All methods are called on that thread."""
+    """What the compute thread drives. All methods are called on that thread.
+
+    Attributes:
+        is_waiting: whether something is under way on a device that a later `step` will collect.
+    """
+
+    @property
+    def is_waiting(self) -> bool: ...
 
     def handle(self, event: Any) -> None:
         """Take one event; must not raise for anything a peer or user can cause."""
@@ -79,6 +91,17 @@ class ComputeLoop:
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(callback, *args)
 
+    def give_turns(self, stepper: Stepper) -> None:
+        """Let the steppers added before this one do a step each, in the middle of its own; on the compute thread.
+
+        Events wait meanwhile: a stepper in the middle of a step could not take them.
+        """
+        for other in self._steppers:
+            if other is stepper:
+                return
+            if other.step():
+                self.progress += 1
+
     async def stop(self) -> None:
         """End the thread after its current step; idempotent. A thread that hangs is left to die with the process."""
         self._inbox.put(None)
@@ -105,11 +128,18 @@ class ComputeLoop:
             if stepper.step():
                 worked = True
                 self.progress += 1
-        if not worked and self._inbox.empty():
-            item = self._inbox.get()
-            if item is None:
-                return False
-            self._handle(item)
+        return worked or self._wait()
+
+    def _wait(self) -> bool:
+        """Sleep until the next event, or for a moment where a device is at work; return False at the end."""
+        look_s = DEVICE_LOOK_S if any(stepper.is_waiting for stepper in self._steppers) else None
+        try:
+            item = self._inbox.get(timeout=look_s)
+        except queue.Empty:
+            return True
+        if item is None:
+            return False
+        self._handle(item)
         return True
 
     def _take_events(self) -> bool:

@@ -8,8 +8,8 @@ from protocol.errors import ConfigError
 from protocol.kv_layout import DTYPE_BYTES
 
 DEVICES = ("auto", "cpu", "cuda")
-QUANTIZATIONS = ("auto", "none", "stored", "int8", "int4")
-KERNELS = ("auto", "native", "torch")
+QUANTIZATIONS = ("auto", "none", "stored", "int8", "int4", "fp8")
+KERNELS = ("auto", "native", "triton", "torch")
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,8 +19,8 @@ class EngineConfig:
     Attributes:
         model: resolved model reference: a directory, a GGUF file, or `dummy:<config>`.
         dtype: weights and activations: "auto" is float32 on a CPU and bfloat16 on a GPU.
-        quantization: "auto" keeps a GGUF file's own on a CPU; else none, stored, int8 or int4.
-        kernels: "auto" takes the native CPU kernels where they can run; else native or torch.
+        quantization: "auto" keeps a GGUF file's own on a CPU; else none, stored, int8 or int4, or fp8 (on a GPU).
+        kernels: "auto" takes the native ones on a CPU and Triton's on a GPU; else native, triton or torch.
         kv_cache_dtype: of keys and values: "auto" is float16 where weights are quantised, else dtype.
         device: "auto" takes a GPU where torch sees one.
         num_threads: compute threads on a CPU.
@@ -31,6 +31,8 @@ class EngineConfig:
         kv_memory_share: share of a GPU's memory, free once the weights are loaded, that the pool takes.
         max_model_len: bound of prompt plus output tokens, or None for what model and pool allow.
         dummy_seed: seed of `dummy` weights.
+        enforce_eager: launch decode steps kernel by kernel on a GPU instead of recording CUDA graphs; no effect on a
+            CPU, which has none.
     """
 
     model: str
@@ -47,6 +49,7 @@ class EngineConfig:
     kv_memory_share: float = 0.8
     max_model_len: int | None = None
     dummy_seed: int = 0
+    enforce_eager: bool = False
 
     def __post_init__(self) -> None:
         allowed = {

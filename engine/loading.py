@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 
 from engine.config import EngineConfig
-from engine.kv_cache import KVCache
+from engine.kv_cache import KVCache, torch_kernels
 from model.decoder import Decoder
 from model.errors import ModelError
 from model.identity import model_hash
 from model.loader import LoadOptions, load_model
 from model.source import resolve
+from model.torch_decoder import TorchDecoder
 from protocol.errors import ConfigError
 from protocol.kv_layout import DTYPE_BYTES, KVFingerprint
 
@@ -31,6 +32,7 @@ class LoadedModel:
         num_blocks: size of each KV pool made for it.
         max_model_len: bound of prompt plus output tokens: the least of the model's, the user's and the pool's.
         backend: one line saying which kernels run and why.
+        enforce_eager: record no CUDA graphs.
     """
 
     decoder: Decoder
@@ -40,10 +42,13 @@ class LoadedModel:
     max_model_len: int
     vocab_size: int
     backend: str
+    enforce_eager: bool = False
 
     def new_kv_cache(self) -> KVCache:
         """Return fresh KV memory of `num_blocks` blocks."""
-        return KVCache(self.fingerprint, self.num_blocks, self.device)
+        # Where Triton was not chosen it may not be there.
+        is_plain = isinstance(self.decoder, TorchDecoder) and not self.decoder.kernels.is_capturable
+        return KVCache(self.fingerprint, self.num_blocks, self.device, torch_kernels() if is_plain else None)
 
 
 def pin_process(cores: tuple[int, ...]) -> None:
@@ -60,14 +65,13 @@ def pin_process(cores: tuple[int, ...]) -> None:
         raise ConfigError(f"cannot run on cores {sorted(cores)}: {error}") from error
 
 
-def load(config: EngineConfig, say: Callable[[str], None], cache_dir: Path, num_pools: int = 1) -> LoadedModel:
+def load(config: EngineConfig, say: Callable[[str], None], cache_dir: Path) -> LoadedModel:
     """Load weights and size the KV memory.
 
     Args:
         config: what to load and where.
         say: takes one progress line.
         cache_dir: where downloads are kept; unused for local paths.
-        num_pools: KV caches that will be made (a colocated worker makes two).
 
     Raises:
         ConfigError: model, device or sizes cannot be used; the message names what.
@@ -99,10 +103,18 @@ def load(config: EngineConfig, say: Callable[[str], None], cache_dir: Path, num_
         num_kv_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,
         arithmetic=decoder.arithmetic,
+        device=device.type,
     )
-    num_blocks = _num_blocks(config, fingerprint, device, num_pools)
+    num_blocks = _num_blocks(config, fingerprint, device)
+    if device.type == "cuda":
+        free_bytes = torch.cuda.mem_get_info(device)[0]
+        pool_bytes = num_blocks * fingerprint.block_bytes
+        say(f"KV pool of {_gib(pool_bytes)} of the {_gib(free_bytes)} free on the GPU; {_gib(free_bytes - pool_bytes)} "
+            "are left for activations, graphs and slots")  # fmt: skip
     max_model_len = _max_model_len(config, shape.max_context_tokens, num_blocks, say)
-    return LoadedModel(decoder, fingerprint, device, num_blocks, max_model_len, shape.vocab_size, backend)
+    return LoadedModel(
+        decoder, fingerprint, device, num_blocks, max_model_len, shape.vocab_size, backend, config.enforce_eager
+    )
 
 
 def _progress_lines(say: Callable[[str], None]) -> Callable[[int, int, str], None]:
@@ -145,7 +157,11 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return name
 
 
-def _num_blocks(config: EngineConfig, f: KVFingerprint, device: torch.device, num_pools: int) -> int:
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / (1 << 30):.1f} GiB"
+
+
+def _num_blocks(config: EngineConfig, f: KVFingerprint, device: torch.device) -> int:
     if config.num_kv_blocks is not None:
         return config.num_kv_blocks
     if config.kv_cache_gib is not None:
@@ -154,7 +170,7 @@ def _num_blocks(config: EngineConfig, f: KVFingerprint, device: torch.device, nu
         num_bytes = torch.cuda.mem_get_info(device)[0] * config.kv_memory_share
     else:
         num_bytes = _CPU_KV_GIB * (1 << 30)
-    num_blocks = int(num_bytes / num_pools) // f.block_bytes
+    num_blocks = int(num_bytes) // f.block_bytes
     if num_blocks < 2:
         raise ConfigError(f"kv_cache_gib: room for {num_blocks} blocks of {f.block_bytes} bytes, at least 2 are needed")
     return num_blocks

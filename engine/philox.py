@@ -1,7 +1,8 @@
 """Counter-based random numbers: the same (seed, index) gives the same number on any worker, in any batch.
 
 Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), the generator that GPU kernels
-carry too, with the request's seed as key and the token's index as counter.
+carry too, with the request's seed as key and the token's index as counter. `kernels.sampling.random_bits` is the same
+for tensors.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def philox_4x32(seed: int, index: int) -> tuple[int, int, int, int]:
     return c0, c1, c2, c3
 
 
-def uniform(seed: int, index: int) -> float:
-    """Return a number in [0, 1) with 53 random bits."""
+def random_bits(seed: int, index: int) -> int:
+    """Return 64 random bits as a number in [0, 2**64)."""
     high, low, _, _ = philox_4x32(seed, index)
-    return ((high << 21) | (low >> 11)) / (1 << 53)
+    return (high << 32) | low

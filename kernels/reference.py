@@ -7,9 +7,24 @@ range of one block is contiguous, K stands before V. The kernels of one layer ta
 A token's slot is `block_id * block_size + offset`.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from kernels.fp8 import Fp8Matrix, fp8_linear
+
+Matrix = Tensor | Fp8Matrix
+
+
+@dataclass(frozen=True, slots=True)
+class HeadNorms:
+    """The norms that some models apply to each query and key head before rotating: weights `[d]`, and their epsilon."""
+
+    query: Tensor
+    key: Tensor
+    eps: float
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -20,6 +35,24 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.float()
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return weight * wide.to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Add x to the residual, then normalise the sum: returns the normalised rows and the sum, both in x's dtype."""
+    total = x + residual
+    return rms_norm(total, weight, eps), total
+
+
+def linear(x: Tensor, weight: Matrix, bias: Tensor | None = None) -> Tensor:
+    """Multiply rows by a matrix: x `[..., K]`, weight `[N, K]`, bias `[N]`; summed in float32, given in x's dtype."""
+    if isinstance(weight, Fp8Matrix):
+        return fp8_linear(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def linear_silu(x: Tensor, weight: Matrix) -> Tensor:
+    """Multiply rows by gate and up at once, then `silu_mul`: x `[..., K]`, weight `[2n, K]` -> `[..., n]`."""
+    return silu_mul(linear(x, weight))
 
 
 def rope(q: Tensor, k: Tensor, positions: Tensor, cos_table: Tensor, sin_table: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,6 +82,30 @@ def store_kv(k: Tensor, v: Tensor, kv_layer: Tensor, slot_mapping: Tensor) -> No
     block_size = kv_layer.shape[3]
     by_slot = kv_layer.permute(0, 3, 1, 2, 4)
     by_slot[slot_mapping // block_size, slot_mapping % block_size] = torch.stack((k, v), dim=1).to(kv_layer.dtype)
+
+
+def rope_store(
+    qkv: Tensor,
+    positions: Tensor,
+    tables: tuple[Tensor, Tensor],
+    kv_layer: Tensor,
+    slot_mapping: Tensor,
+    num_heads: int,
+    norms: HeadNorms | None = None,
+) -> Tensor:
+    """Normalise (where the model does) and rotate packed q and k, write K and V into their slots, return q.
+
+    qkv `[T, (num_heads + 2 * num_kv_heads) * d]`, rows q | k | v; tables: cosines and sines as in `rope`; kv_layer and
+    slot_mapping as in `store_kv`. Returns q `[T, num_heads, d]` in qkv's dtype.
+    """
+    num_kv_heads, head_dim = kv_layer.shape[2], kv_layer.shape[4]
+    heads = qkv.view(qkv.shape[0], num_heads + 2 * num_kv_heads, head_dim)
+    query, key, value = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)
+    if norms is not None:
+        query, key = rms_norm(query, norms.query, norms.eps), rms_norm(key, norms.key, norms.eps)
+    query, key = rope(query, key, positions, *tables)
+    store_kv(key, value, kv_layer, slot_mapping)
+    return query
 
 
 def paged_decode_attention(q: Tensor, kv_layer: Tensor, block_tables: Tensor, seq_lens: Tensor, scale: float) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from protocol.errors import ConfigError
+from protocol.kv_layout import Staging
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,6 +15,8 @@ class TransferConfig:
     Attributes:
         transport: "ucx" between processes, "inproc" inside one.
         host: address that a prefill worker's peer port binds to and that decode workers dial.
+        kv_staging: where slots lie. "auto" is GPU memory if both ends have it and it passes the self-test, else host
+            memory; "device" insists on GPU memory; "host" never uses it.
         slot_bytes: size of one staging slot, the largest piece; pages are touched once at start.
         num_slots: receive slots per connection (decode) and send slots per worker (prefill).
         connect_s: budget for connecting and self-testing one peer.
@@ -24,6 +27,7 @@ class TransferConfig:
 
     transport: str = "ucx"
     host: str = "127.0.0.1"
+    kv_staging: Staging = "auto"
     slot_bytes: int = 4 << 20
     num_slots: int = 8
     connect_s: float = 5.0
@@ -34,6 +38,8 @@ class TransferConfig:
     def __post_init__(self) -> None:
         if self.transport not in ("ucx", "inproc"):
             raise ConfigError(f"transport must be ucx or inproc, got {self.transport!r}")
+        if self.kv_staging not in ("auto", "device", "host"):
+            raise ConfigError(f"kv_staging must be auto, device or host, got {self.kv_staging!r}")
         if self.slot_bytes < 4096 or self.num_slots < 2:
             raise ConfigError("slot_bytes must be at least 4096 and num_slots at least 2")
         for name in ("connect_s", "progress_s", "grant_wait_s", "tombstone_s"):

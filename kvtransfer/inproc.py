@@ -1,4 +1,5 @@
-"""The transport inside one process: what `colocated` mode and tests use. Payload is one copy, buffer to buffer.
+"""The transport inside one process: what `colocated` mode and tests use. Payload is one copy, buffer to buffer; between
+host and device memory, one through the host.
 
     listen() ─ puts its identity into the transport's table
     dial()   ─ looks it up, compares, makes two endpoints that point at each other
@@ -12,9 +13,11 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from kvtransfer.transport import Buffer, Completion, Endpoint, Identity, Listener, Transport, check_hello, check_ready
+from kvtransfer.agreement import check_hello, check_ready, hello_of, ready_of
+from kvtransfer.transport import Agreement, Buffer, Completion, Endpoint, Identity, Listener, Transport
 from protocol.errors import FingerprintMismatch, PeerLost, TransferError
-from protocol.wire import PeerAddress, PeerHello, PeerMessage, PeerReady
+from protocol.kv_layout import SlotMemory
+from protocol.wire import PeerAddress, PeerMessage
 
 log = logging.getLogger(__name__)
 
@@ -22,9 +25,11 @@ log = logging.getLogger(__name__)
 class InprocEndpoint(Endpoint):
     """One of two ends that point at each other."""
 
-    def __init__(self, peer_id: str, peer_instance: int) -> None:
+    def __init__(self, peer_id: str, peer_instance: int, agreement: Agreement, memory: SlotMemory) -> None:
         self.peer_id = peer_id
         self.peer_instance = peer_instance
+        self.agreement = agreement
+        self._memory = memory
         self.other: InprocEndpoint = self
         self._lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._inbox: asyncio.Queue[PeerMessage | None] = asyncio.Queue()
@@ -55,7 +60,7 @@ class InprocEndpoint(Endpoint):
         if self._lost.done():
             done.finish(PeerLost(self._lost.result()))
         elif (sent := self._unmatched.pop(tag, None)) is not None:
-            _copy(sent, (buffer, done))
+            self._take(sent, (buffer, done))
         else:
             assert tag not in self._receives, "two receives under one tag"
             self._receives[tag] = (buffer, done)
@@ -67,7 +72,7 @@ class InprocEndpoint(Endpoint):
         if self._lost.done():
             done.finish(PeerLost(self._lost.result()))
         elif (posted := self.other._receives.pop(tag, None)) is not None:
-            _copy((buffer, done), posted)
+            self.other._take((buffer, done), posted)
         else:
             self.other._unmatched[tag] = (buffer, done)
         return done
@@ -82,6 +87,18 @@ class InprocEndpoint(Endpoint):
     async def close(self) -> None:
         """End both ends; messages are delivered already."""
         self.abort("closed")
+
+    def _take(self, sent: tuple[Buffer, Completion], posted: tuple[Buffer, Completion]) -> None:
+        """Copy what the other end sent into what was posted here."""
+        (source, sent_done), (target, received) = sent, posted
+        sent_done.finish()
+        if source.nbytes > target.nbytes:
+            received.finish(TransferError(f"payload of {source.nbytes} bytes for a receive of {target.nbytes}"))
+            return
+        if self.other.agreement.kind not in ("host", self.agreement.kind):
+            source = self.other._memory.read(source)
+        self._memory.write(target[: source.nbytes], source)
+        received.finish()
 
     def _end(self, reason: str) -> None:
         if self._lost.done():
@@ -134,13 +151,16 @@ class InprocTransport(Transport):
         if listener is None:
             raise PeerLost(f"no worker {address.worker_id} instance {address.instance} in this process")
         there = listener.identity
-        hello = PeerHello(worker_id=identity.worker_id, instance=identity.instance, fingerprint=identity.fingerprint)
-        if (refusal := check_hello(there, hello)) is not None:
+        hello = hello_of(identity, identity.slots.staging)
+        try:
+            there_agreed = check_hello(there, there.slots.staging, hello)
+        except FingerprintMismatch as refusal:
             log.warning("refused %s: %s", identity.worker_id, refusal)
-            raise FingerprintMismatch(refusal)
-        check_ready(address, PeerReady(worker_id=there.worker_id, instance=there.instance))
-        ours = InprocEndpoint(there.worker_id, there.instance)
-        theirs = InprocEndpoint(identity.worker_id, identity.instance)
+            raise
+        ready = ready_of(there, there.slots.staging, there_agreed.checksum)
+        agreed = check_ready(address, identity, hello.staging, ready)
+        ours = InprocEndpoint(there.worker_id, there.instance, agreed, identity.slots.memory)
+        theirs = InprocEndpoint(identity.worker_id, identity.instance, there_agreed, there.slots.memory)
         ours.other, theirs.other = theirs, ours
         listener.endpoints = [e for e in listener.endpoints if not e.lost.done()]
         listener.endpoints.append(theirs)
@@ -151,13 +171,3 @@ class InprocTransport(Transport):
         """Close every listener."""
         for listener in list(self._listeners.values()):
             await listener.close()
-
-
-def _copy(sent: tuple[Buffer, Completion], posted: tuple[Buffer, Completion]) -> None:
-    (source, sent_done), (target, received) = sent, posted
-    sent_done.finish()
-    if source.nbytes > target.nbytes:
-        received.finish(TransferError(f"payload of {source.nbytes} bytes for a receive of {target.nbytes}"))
-        return
-    target[: source.nbytes] = source
-    received.finish()

@@ -1,12 +1,9 @@
-"""Pieces: what fits one slot, taken off the ranges that are ready, and the checksum over its payload."""
+"""Pieces: what fits one slot, taken off the ranges that are ready."""
 
 from __future__ import annotations
 
 from collections import deque
 
-import xxhash
-
-from kvtransfer.transport import Buffer
 from protocol.errors import BatonError, ConfigError
 from protocol.handoff import SendRange
 
@@ -24,11 +21,6 @@ def cut(ranges: deque[SendRange], max_cells: int) -> SendRange:
         rest = [layers, _from_block(whole, 1)]
     ranges.extendleft(reversed([r for r in rest if r.num_blocks]))
     return piece
-
-
-def checksum(payload: Buffer) -> int:
-    """Return the xxh3-64 of a payload."""
-    return xxhash.xxh3_64_intdigest(payload.data)
 
 
 def require_slot_holds_layer(slot_bytes: int, layer_bytes: int, error: type[BatonError] = ConfigError) -> None:

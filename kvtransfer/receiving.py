@@ -9,7 +9,7 @@
     6. `abort` ends a transfer at once. It leaves a tombstone: late payload is received into its slot and dropped.
 
 Only this side knows its block ids and only step 4 writes them, synchronously on the event loop: a transfer that left
-the table is never written again.
+the table is never written again, and one that is complete can be read by whatever is launched after `on_complete`.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ import logging
 import secrets
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kvtransfer.config import TransferConfig
 from kvtransfer.linking import Linking
-from kvtransfer.pieces import checksum, require_slot_holds_layer
-from kvtransfer.slots import Slots
+from kvtransfer.pieces import require_slot_holds_layer
+from kvtransfer.slots import Slots, SlotStore
 from kvtransfer.stats import TransferStats
 from kvtransfer.tombstones import Tombstones
 from kvtransfer.transport import Buffer, Completion, Endpoint, Identity, Transport
-from protocol.errors import ChecksumMismatch, PeerLost, ProtocolError, TransferStalled
+from protocol.errors import ChecksumMismatch, PeerLost, ProtocolError, TransferError, TransferStalled
 from protocol.handoff import Receiving, SendRange
 from protocol.kv_layout import KVRegion
 from protocol.wire import Commit, Credit, Grant, Landed, PeerAbort, PeerAddress, PeerMessage, Piece
@@ -50,6 +50,7 @@ class _Link:
     """One prefill worker's endpoint and the receives posted on it."""
 
     endpoint: Endpoint
+    slots: Slots
     posted: dict[int, _Posted] = field(default_factory=dict)
 
 
@@ -73,14 +74,14 @@ class ReceiveSide:
         region: the KV memory; only the blocks of open transfers are written.
         config: budgets and slot sizes.
         transport: how to reach prefill workers; the caller closes it, after this.
-        identity: who we are to them.
+        identity: who we are to them; its slots are replaced by those of this side.
         on_complete: called once with (transfer_id, first_token_id) when every cell stands in its block.
         on_failed: called once with (transfer_id, reason) when an open transfer broke; its blocks are not written any
             more. Neither is called for a transfer that was aborted here, nor from inside a method.
         on_links: called when `links` changed.
 
     Raises:
-        ConfigError: one layer of one block does not fit a slot.
+        ConfigError: one layer of one block does not fit a slot, or there is no device memory where it is insisted on.
     """
 
     def __init__(
@@ -101,8 +102,8 @@ class ReceiveSide:
         self._on_complete = on_complete
         self._on_failed = on_failed
         self._on_links = on_links
-        self._linking = Linking(transport, identity, self._attach)
-        self._slots = Slots(config.slot_bytes)
+        self._store = SlotStore(region, config)
+        self._linking = Linking(transport, replace(identity, slots=self._store), self._attach)
         self._stats = TransferStats()
         self._links: dict[str, _Link] = {}
         self._transfers: dict[int, _Incoming] = {}
@@ -118,7 +119,7 @@ class ReceiveSide:
     @property
     def slots(self) -> tuple[int, int]:
         """Free and total receive slots; those of a live link are all posted, none free."""
-        return self._slots.num_free, self._slots.num_total
+        return self._store.counts
 
     @property
     def links(self) -> tuple[tuple[str, int], ...]:
@@ -182,10 +183,16 @@ class ReceiveSide:
         if (previous := self._links.get(endpoint.peer_id)) is not None:
             previous.endpoint.abort("replaced by a new connection")
             self._detach(previous, "replaced by a new connection")
-        link = self._links[endpoint.peer_id] = _Link(endpoint)
-        self._slots.resize(self._slots.num_total - self._slots.num_free + self._config.num_slots)
-        slots = [slot for _ in range(self._config.num_slots) if (slot := self._slots.take()) is not None]
-        tags = tuple(self._post_receive(link, slot) for slot in slots)
+        slots = self._store.pool(endpoint.agreement.kind)
+        try:
+            slots.resize(slots.num_total - slots.num_free + self._config.num_slots)
+        except TransferError as error:
+            log.error("no slots for prefill worker %s: %s", endpoint.peer_id, error)
+            endpoint.abort(f"no slots: {error}")
+            return
+        link = self._links[endpoint.peer_id] = _Link(endpoint, slots)
+        log.info("prefill worker %s: into slots in %s memory", endpoint.peer_id, endpoint.agreement.kind)
+        tags = tuple(self._post_receive(link, slot) for slot in slots.borrow(self._config.num_slots))
         endpoint.post(Credit(tags=tags, slot_bytes=self._config.slot_bytes))
         self._spawn(self._read(link))
         self._on_links()
@@ -196,7 +203,7 @@ class ReceiveSide:
             return
         del self._links[name]
         for tag in [t for t, posted in link.posted.items() if posted.is_filled and posted.header is None]:
-            self._slots.give(link.posted.pop(tag).slot)  # its header will not come any more
+            link.slots.give(link.posted.pop(tag).slot)  # its header will not come any more
         for transfer in [t for t in self._transfers.values() if t.link is link]:
             self._fail(transfer, f"prefill worker {name} lost: {reason}")
         self._on_links()
@@ -212,7 +219,7 @@ class ReceiveSide:
         posted, error = link.posted[tag], done.exception()
         if error is not None or (link.endpoint.lost.done() and posted.header is None):
             del link.posted[tag]
-            self._slots.give(posted.slot)
+            link.slots.give(posted.slot)
             link.endpoint.abort(f"payload could not be received: {error}")
             return
         posted.is_filled = True
@@ -305,7 +312,7 @@ class ReceiveSide:
 
     def _recycle(self, link: _Link, slot: Buffer) -> None:
         if link.endpoint.lost.done():
-            self._slots.give(slot)
+            link.slots.give(slot)
         else:
             tag = self._post_receive(link, slot)
             link.endpoint.post(Credit(tags=(tag,), slot_bytes=self._config.slot_bytes))
@@ -316,20 +323,24 @@ class ReceiveSide:
         if transfer is None or not transfer.machine.accepts(cells):
             self._stats.num_late_pieces += 1
             return
-        payload = slot[: piece.num_bytes]
-        if checksum(payload) != piece.checksum:
-            self._stats.num_corrupt_pieces += 1
-            error = ChecksumMismatch(f"a piece of transfer {piece.transfer_id} arrived damaged")
+        block_ids = transfer.block_ids[cells.first_block : cells.first_block + cells.num_blocks]
+        try:
+            self._scatter(link, piece, slot[: piece.num_bytes], block_ids)
+        except TransferError as error:
+            self._stats.num_corrupt_pieces += isinstance(error, ChecksumMismatch)
             log.error("%s (from %s)", error, link.endpoint.peer_id)
             self._break(transfer, f"{type(error).__name__}: {error}")
             return
-        block_ids = transfer.block_ids[cells.first_block : cells.first_block + cells.num_blocks]
-        self._region.scatter(block_ids, cells.first_layer, cells.num_layers, payload)
         self._stats.num_bytes += piece.num_bytes
         self._stats.num_pieces += 1
         transfer.moved_s = _now()
         if transfer.machine.landed(cells):
             self._complete(transfer)
+
+    def _scatter(self, link: _Link, piece: Piece, payload: Buffer, block_ids: tuple[int, ...]) -> None:
+        if self._region.checksum(payload, link.endpoint.agreement.checksum) != piece.checksum:
+            raise ChecksumMismatch(f"a piece of transfer {piece.transfer_id} arrived damaged")
+        self._region.scatter(block_ids, piece.first_layer, piece.num_layers, payload)
 
     # --- ends --------------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,8 @@
     6. LANDED, a PEER-ABORT, a lost peer, a spent budget or `abort` ends it: `on_ended`, once.
 
 Gathering is synchronous on the event loop, so a transfer that left the table reads its blocks no more: they may be
-freed as soon as `on_ended` is called. What is still on the wire then is in slots.
+freed as soon as `on_ended` is called. What is still on the wire then is in slots. On a GPU this needs the other half of
+the bargain: cells are `ready` when the kernel that computed them is done, not when it is launched.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 
 from kvtransfer.config import TransferConfig
-from kvtransfer.pieces import checksum, cut, require_slot_holds_layer
-from kvtransfer.slots import Slots
+from kvtransfer.pieces import cut, require_slot_holds_layer
+from kvtransfer.slots import Slots, SlotStore
 from kvtransfer.stats import TransferStats
 from kvtransfer.tombstones import Tombstones
 from kvtransfer.transport import Buffer, Completion, Endpoint
-from protocol.errors import PeerLost, ProtocolError
+from protocol.errors import PeerLost, ProtocolError, TransferError
 from protocol.handoff import Sending, SendInstruction, SendRange
 from protocol.kv_layout import KVRegion
 from protocol.wire import Commit, Credit, Grant, Landed, PeerAbort, PeerMessage, Piece
@@ -42,6 +43,7 @@ class _Peer:
     """One decode worker's endpoint and what may be sent on it."""
 
     endpoint: Endpoint
+    slots: Slots
     moved_s: float
     slot_bytes: int = 0
     credits: deque[int] = field(default_factory=deque)
@@ -71,13 +73,14 @@ class SendSide:
     """Sends blocks of one region to any number of decode workers. All methods are called on one event loop.
 
     Args:
-        region: the KV memory; read only between `open` and `on_ended`, only cells that were `ready`.
+        region: the KV memory; read only between `open` and `on_ended`, only cells that were `ready`. Its slots are made
+            here, on the calling thread: on a GPU that thread has a CUDA context before UCX is told of the memory.
         config: budgets and slot sizes.
         on_ended: called exactly once per opened transfer, never from inside a method: (transfer_id, None) when it
             landed, else (transfer_id, reason). Its blocks are not read any more.
 
     Raises:
-        ConfigError: one layer of one block does not fit a slot.
+        ConfigError: one layer of one block does not fit a slot, or there is no device memory where it is insisted on.
     """
 
     def __init__(self, region: KVRegion, config: TransferConfig, on_ended: Callable[[int, str | None], None]) -> None:
@@ -86,7 +89,7 @@ class SendSide:
         self._region = region
         self._config = config
         self._on_ended = on_ended
-        self._slots = Slots(config.slot_bytes, config.num_slots)
+        self._store = SlotStore(region, config, config.num_slots)
         self._stats = TransferStats()
         self._peers: dict[str, _Peer] = {}
         self._transfers: dict[int, _Outgoing] = {}
@@ -105,7 +108,12 @@ class SendSide:
     @property
     def slots(self) -> tuple[int, int]:
         """Free and total send slots."""
-        return self._slots.num_free, self._slots.num_total
+        return self._store.counts
+
+    @property
+    def slot_store(self) -> SlotStore:
+        """The send slots, for the Identity that this side listens under."""
+        return self._store
 
     @property
     def num_open(self) -> int:
@@ -120,7 +128,15 @@ class SendSide:
         if (previous := self._peers.get(endpoint.peer_id)) is not None:
             previous.endpoint.abort(f"replaced by a new connection of instance {endpoint.peer_instance}")
             self._lose(previous, "its worker connected anew")
-        peer = self._peers[endpoint.peer_id] = _Peer(endpoint, _now())
+        slots = self._store.pool(endpoint.agreement.kind)
+        try:
+            slots.resize(self._config.num_slots)  # makes those of another memory, drops what self-tests borrowed
+        except TransferError as error:
+            log.error("no slots for decode worker %s: %s", endpoint.peer_id, error)
+            endpoint.abort(f"no slots: {error}")
+            return
+        peer = self._peers[endpoint.peer_id] = _Peer(endpoint, slots, _now())
+        log.info("decode worker %s: from slots in %s memory", endpoint.peer_id, endpoint.agreement.kind)
         self._spawn(self._read(peer))
         if not self._is_running:
             self._is_running = True
@@ -146,7 +162,10 @@ class SendSide:
                 peer.endpoint.abort(str(error))
 
     def ready(self, transfer_id: int, cells: SendRange) -> None:
-        """Hand over cells that are computed, each cell once; ignored if the transfer is over."""
+        """Hand over cells that are computed, each cell once; ignored if the transfer is over.
+
+        On a GPU the caller has waited for an event behind the kernel that wrote them (see `KVRegion`).
+        """
         if (transfer := self._transfers.get(transfer_id)) is not None:
             self._obey(transfer, transfer.machine.ready(cells))
 
@@ -285,35 +304,29 @@ class SendSide:
 
     def _next(self) -> tuple[_Peer, _Outgoing] | None:
         """Choose the next transfer to send a piece of, its peers in turn; None if all lack credit, slot or work."""
-        # One stuck peer must not hold every slot until its budget is spent.
-        share = self._slots.num_total if len(self._peers) == 1 else max(1, self._slots.num_total // 2)
         for peer_id, peer in list(self._peers.items()):
+            # One stuck peer must not hold every slot until its budget is spent.
+            share = peer.slots.num_total if len(self._peers) == 1 else max(1, peer.slots.num_total // 2)
             while peer.queue and not peer.queue[0].ranges:
                 peer.queue.popleft()  # it ended while queued
-            if peer.queue and peer.credits and self._slots.num_free and peer.num_slots_held < share:
+            if peer.queue and peer.credits and peer.slots.num_free and peer.num_slots_held < share:
                 self._peers[peer_id] = self._peers.pop(peer_id)  # to the end of the turn
                 return peer, peer.queue.popleft()
         return None
 
     def _send_piece(self, peer: _Peer, transfer: _Outgoing) -> None:
         cells = cut(transfer.ranges, min(peer.slot_bytes, self._config.slot_bytes) // self._layer_bytes)
-        slot, tag = self._slots.take(), peer.credits.popleft()
+        slot, tag = peer.slots.take(), peer.credits.popleft()
         assert slot is not None
         payload = slot[: cells.num_blocks * cells.num_layers * self._layer_bytes]
-        last_block = cells.first_block + cells.num_blocks
-        self._region.gather(
-            transfer.block_ids[cells.first_block : last_block], cells.first_layer, cells.num_layers, payload
-        )
-        header = Piece(
-            transfer_id=transfer.transfer_id,
-            tag=tag,
-            first_block=cells.first_block,
-            num_blocks=cells.num_blocks,
-            first_layer=cells.first_layer,
-            num_layers=cells.num_layers,
-            num_bytes=payload.nbytes,
-            checksum=checksum(payload),
-        )
+        try:
+            header = self._fill(payload, peer, transfer, cells, tag)
+        except TransferError as error:
+            log.error("transfer %d: %s", transfer.transfer_id, error)
+            peer.slots.give(slot)
+            peer.credits.append(tag)
+            self.abort(transfer.transfer_id, str(error))
+            return
         peer.endpoint.post(header)
         self._stats.num_bytes += payload.nbytes
         self._stats.num_pieces += 1
@@ -325,8 +338,23 @@ class SendSide:
             peer.queue.append(transfer)
         self._say_commit_if_due(transfer)
 
+    def _fill(self, payload: Buffer, peer: _Peer, transfer: _Outgoing, cells: SendRange, tag: int) -> Piece:
+        """Gather cells into a slot and return their header."""
+        block_ids = transfer.block_ids[cells.first_block : cells.first_block + cells.num_blocks]
+        self._region.gather(block_ids, cells.first_layer, cells.num_layers, payload)
+        return Piece(
+            transfer_id=transfer.transfer_id,
+            tag=tag,
+            first_block=cells.first_block,
+            num_blocks=cells.num_blocks,
+            first_layer=cells.first_layer,
+            num_layers=cells.num_layers,
+            num_bytes=payload.nbytes,
+            checksum=self._region.checksum(payload, peer.endpoint.agreement.checksum),
+        )
+
     def _sent(self, peer: _Peer, transfer: _Outgoing, slot: Buffer, done: Completion) -> None:
-        self._slots.give(slot)
+        peer.slots.give(slot)
         peer.num_slots_held -= 1
         transfer.num_in_flight -= 1
         self._wake.set()

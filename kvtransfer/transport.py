@@ -5,8 +5,9 @@
 
     Endpoint:  OPEN ──abort(), close(), peer gone, malformed message──► LOST (for good; dial again)
 
-An endpoint that exists has passed everything: the secret, the fingerprints, and on UCX a payload round trip. Messages
-and payload travel on separate paths, so a message never waits behind payload, and neither path orders the other.
+An endpoint that exists has passed everything: the secret, the fingerprints, the agreement on memory and checksum, and
+on UCX a payload round trip. Messages and payload travel on separate paths, so a message never waits behind payload,
+and neither path orders the other.
 """
 
 from __future__ import annotations
@@ -14,25 +15,48 @@ from __future__ import annotations
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-import numpy as np
-from numpy.typing import NDArray
+from kvtransfer.config import TransferConfig
+from kvtransfer.slots import SlotStore
+from protocol.errors import BatonError
+from protocol.kv_layout import HostSlots, KVFingerprint, SlotBuffer, SlotKind
+from protocol.wire import PeerAddress, PeerMessage
 
-from protocol.errors import BatonError, FingerprintMismatch, ProtocolError
-from protocol.kv_layout import KVFingerprint
-from protocol.wire import PeerAddress, PeerHello, PeerMessage, PeerReady
+Buffer = SlotBuffer
 
-Buffer = NDArray[np.uint8]
+
+def _host_slots() -> SlotStore:
+    return SlotStore(HostSlots(), TransferConfig(kv_staging="host", slot_bytes=1 << 16))
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Who a worker is to its peers. `instance` is new at every start of its process."""
+    """Who a worker is to its peers.
+
+    Attributes:
+        instance: new at every start of its process.
+        slots: what its side of transfers sends from and receives into: a SendSide's `slot_store`; a ReceiveSide puts
+            its own here. Without it they are small ones in host memory, which serve the self-test and nobody else.
+    """
 
     worker_id: str
     instance: int
     fingerprint: KVFingerprint
+    slots: SlotStore = field(default_factory=_host_slots, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """What the two ends of a connection settled on.
+
+    Attributes:
+        kind: the memory that this end's slots lie in.
+        checksum: the algorithm of every piece's checksum.
+    """
+
+    kind: SlotKind
+    checksum: str
 
 
 class Completion(asyncio.Future[None]):
@@ -62,6 +86,7 @@ class Endpoint(ABC):
 
     peer_id: str
     peer_instance: int
+    agreement: Agreement
 
     @property
     @abstractmethod
@@ -124,32 +149,11 @@ class Transport(ABC):
         Raises:
             PeerLost: nobody answers there, or not within `connect_s`.
             AuthenticationFailed: the secrets differ.
-            FingerprintMismatch: the models or layouts differ; the acceptor says the same in its log.
+            FingerprintMismatch: the models or layouts differ, or no checksum is known to both ends; the acceptor says
+                the same in its log.
             ProtocolError: another worker or instance answers at this address.
         """
 
     @abstractmethod
     async def close(self) -> None:
         """End every listener and endpoint and return once all buffers are free."""
-
-
-def check_hello(identity: Identity, hello: PeerHello) -> str | None:
-    """Compare fingerprints on the accepting side; return the refusal as the dialer should read it, or None."""
-    try:
-        hello.fingerprint.require_equal(identity.fingerprint, f"worker {identity.worker_id}")
-    except FingerprintMismatch as mismatch:
-        return str(mismatch)
-    return None
-
-
-def check_ready(address: PeerAddress, ready: PeerReady) -> None:
-    """Verify on the dialing side that the one who answers is the one dialled.
-
-    Raises:
-        ProtocolError: it is another worker, or another start of it.
-    """
-    if (ready.worker_id, ready.instance) != (address.worker_id, address.instance):
-        raise ProtocolError(
-            f"dialled worker {address.worker_id} instance {address.instance}, "
-            f"but {ready.worker_id} instance {ready.instance} answers there"
-        )

@@ -2,14 +2,17 @@
 
     decode                                                   prefill
        │ ── protocol.channel handshake (secret, version) ───────► │
-       │ ── PeerHello(identity, fingerprint) ───────────────────► │   PeerRefused if the fingerprints differ
-       │ ◄─ PeerReady(identity, payload port, one-time token) ─── │
+       │ ── PeerHello(identity, fingerprint, staging) ──────────► │   PeerRefused if the fingerprints differ
+       │ ◄─ PeerReady(staging, payload port, one-time token) ──── │
        │ ── UCX connection, the token on its stream ────────────► │   forced shut after 2 s without a token
-       │ ◄─ Credit(tags), and a payload under each tag ─────────► │   self-test, both ways: small, and a whole slot
+       │ ◄─ Credit(tags), payload under each tag, Tested ───────► │   self-test, both ways: small, and a whole slot
        ▼                                                          ▼
     Endpoint                                                 Endpoint
 
 The message channel is the fast witness of a dead process; pings on it find a stopped one.
+
+The dialer tries one way after the other (`kvtransfer.ways`), each with a handshake of its own, until one passes the
+self-test. What fails does so here, at registration, and never at a request.
 """
 
 from __future__ import annotations
@@ -20,27 +23,28 @@ import logging
 import os
 import secrets
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Final
 
 import aiohttp
-import numpy as np
 from aiohttp import web
 
+from kvtransfer.agreement import check_hello, check_ready, hello_of, ready_of
 from kvtransfer.config import TransferConfig
-from kvtransfer.transport import Buffer, Completion, Endpoint, Identity, Listener, Transport, check_hello, check_ready
+from kvtransfer.self_test import run_self_test
+from kvtransfer.slots import SlotStore
+from kvtransfer.transport import Agreement, Buffer, Completion, Endpoint, Identity, Listener, Transport
 from kvtransfer.ucx_driver import TOKEN_BYTES, RawEndpoint, UcxApi, UcxDriver
+from kvtransfer.ways import Way, ways_to
 from protocol.channel import Channel, accept, dial
 from protocol.errors import BatonError, ConfigError, FingerprintMismatch, PeerLost, ProtocolError, TransferError
-from protocol.wire import Credit, PeerAddress, PeerHello, PeerMessage, PeerReady, PeerRefused
+from protocol.wire import PeerAddress, PeerHello, PeerMessage, PeerReady, PeerRefused
 
 log = logging.getLogger(__name__)
 
 PURPOSE: Final = "peer"
-TCP_ONLY: Final = {"TLS": "tcp,self", "RNDV_SCHEME": "put_zcopy"}
-SHARED_MEMORY: Final = {"TLS": "posix,cma,tcp,self", "RNDV_SCHEME": "auto"}
 # Read by UCX when ucxx is imported. What the user set stays.
 DEFAULTS: Final = {
     "UCX_RNDV_THRESH": "8192",
@@ -49,15 +53,17 @@ DEFAULTS: Final = {
     "UCX_POSIX_ERROR_HANDLING": "y",  # without these two UCX drops shared memory, or copies it piecemeal
     "UCX_CMA_MEMORY_INVALIDATE": "y",
 }
-SMALL_TEST_BYTES: Final = 64
 
 
 class UcxEndpoint(Endpoint):
     """A channel and a UCX endpoint that live and die together."""
 
-    def __init__(self, channel: Channel, driver: UcxDriver, raw: RawEndpoint, peer_id: str, peer_instance: int) -> None:
-        self.peer_id = peer_id
-        self.peer_instance = peer_instance
+    def __init__(
+        self, channel: Channel, driver: UcxDriver, raw: RawEndpoint, peer: PeerHello | PeerReady, agreement: Agreement
+    ) -> None:
+        self.peer_id = peer.worker_id
+        self.peer_instance = peer.instance
+        self.agreement = agreement
         self._channel = channel
         self._driver = driver
         self._raw = raw
@@ -136,7 +142,8 @@ class UcxTransport(Transport):
         self._session: aiohttp.ClientSession | None = None
         self._listeners: list[UcxListener] = []
         self._dialled: set[UcxEndpoint] = set()
-        self._needs_tcp: set[str] = set()  # workers whose shared memory failed the self-test
+        self._detours: dict[str, tuple[int, Way]] = {}  # instance of a worker, and the way to it that passed
+        self._refused: set[str] = set()  # transports that do not take GPU memory; said once
 
     async def listen(self, identity: Identity, on_endpoint: Callable[[Endpoint], None]) -> Listener:
         """Open the message port on `config.host` and the payload port.
@@ -145,7 +152,7 @@ class UcxTransport(Transport):
             ConfigError: the host cannot be listened on, or not be dialled.
         """
         ip = await _resolve(self._config.host)
-        self._driver(self._settings(self._config.host)[0]).listen()
+        self._driver(self._ways(self._config.host, identity.slots)[0]).listen()
         app = web.Application()
         runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=1.0)
         listener = UcxListener(
@@ -173,24 +180,26 @@ class UcxTransport(Transport):
         return listener
 
     async def dial(self, address: PeerAddress, identity: Identity) -> Endpoint:
-        """Connect and self-test; where shared memory fails its test, once more over TCP."""
-        settings = self._settings(address.host)
-        if address.worker_id in self._needs_tcp:
-            settings = settings[-1:]
-        for number, options in enumerate(settings):
+        """Connect and self-test, by the best way that passes."""
+        ways = self._ways(address.host, identity.slots)
+        instance, detour = self._detours.get(address.worker_id, (0, ways[0]))
+        if instance == address.instance and detour in ways:
+            ways = ways[ways.index(detour) :]
+        best = ways[0]
+        while True:
             try:
-                endpoint = await self._connect(address, identity, options)
+                endpoint = await self._connect(address, identity, ways)
+                break
             except _PayloadFailed as error:
-                if number + 1 == len(settings):
+                if len(ways) == 1:
                     raise PeerLost(f"no payload connection with {address.worker_id}: {error}") from error
-                log.warning("payload to %s fails over %s (%s); trying TCP", address.worker_id, options["TLS"], error)
-                continue
-            if number > 0:
-                self._needs_tcp.add(address.worker_id)
-            self._dialled.add(endpoint)
-            endpoint.lost.add_done_callback(partial(self._forget, endpoint))
-            return endpoint
-        raise AssertionError("settings are never empty")
+                log.warning("payload to %s fails in %s (%s); trying %s", address.worker_id, ways[0], error, ways[1])
+                ways = ways[1:]
+        if ways[0] is not best:
+            self._detours[address.worker_id] = (address.instance, ways[0])
+        self._dialled.add(endpoint)
+        endpoint.lost.add_done_callback(partial(self._forget, endpoint))
+        return endpoint
 
     async def close(self) -> None:
         """Cut everything and wait until UCX holds no buffer."""
@@ -209,18 +218,42 @@ class UcxTransport(Transport):
         """Buffers UCX may still touch."""
         return sum(driver.num_pending for driver in self._drivers.values())
 
-    def _settings(self, host: str) -> list[dict[str, str]]:
-        if "UCX_TLS" in os.environ:
-            return [{}]
-        return [SHARED_MEMORY, TCP_ONLY] if _is_loopback(host) else [TCP_ONLY]
+    def _ways(self, host: str, slots: SlotStore) -> list[Way]:
+        """Return the ways to a peer there, best first, less those in GPU memory that this UCX does not take.
 
-    def _driver(self, options: dict[str, str]) -> UcxDriver:
-        name = options.get("TLS", "user")
-        if name not in self._drivers:
-            self._drivers[name] = UcxDriver(self._api, options)
-        return self._drivers[name]
+        Raises:
+            ConfigError: GPU memory is insisted on and UCX does not take it.
+        """
+        ways = ways_to(host, slots.staging, is_users_choice="UCX_TLS" in os.environ)
+        if slots.staging == "auto" and ways[0].staging != "host" and not self._takes_device_memory(ways[0]):
+            return ways[1:]
+        if slots.staging == "device":
+            self._require_device_memory(ways[0])
+        return ways
 
-    async def _connect(self, address: PeerAddress, identity: Identity, options: dict[str, str]) -> UcxEndpoint:
+    def _takes_device_memory(self, way: Way) -> bool:
+        try:
+            self._require_device_memory(way)
+        except ConfigError as error:
+            if way.name not in self._refused:
+                log.warning("KV slots stay in host memory: %s", error)
+            self._refused.add(way.name)
+            return False
+        return True
+
+    def _require_device_memory(self, way: Way) -> None:
+        missing = {"cuda_copy", "cuda_ipc"} & set(way.options.get("TLS", "cuda_copy").split(","))
+        missing -= self._driver(way).device_transports
+        if missing:
+            raise ConfigError(f"UCX offers no {' and no '.join(sorted(missing))} here ({way})")
+
+    def _driver(self, way: Way) -> UcxDriver:
+        if way.name not in self._drivers:
+            self._drivers[way.name] = UcxDriver(self._api, way.options)
+        return self._drivers[way.name]
+
+    async def _connect(self, address: PeerAddress, identity: Identity, ways: list[Way]) -> UcxEndpoint:
+        """Connect by the first of these ways; in host memory by the first for it, if the peer will have it so."""
         if self._session is None:
             self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, family=socket.AF_INET))
         url = f"http://{address.host}:{address.port}/peer"
@@ -228,7 +261,8 @@ class UcxTransport(Transport):
             async with asyncio.timeout(self._config.connect_s):
                 channel = await dial(self._session, url, self._secret, PURPOSE, ping_s=2 * self._config.progress_s)
                 try:
-                    ready = await _introduce(channel, address, identity)
+                    ready = await _introduce(channel, hello_of(identity, ways[0].staging))
+                    agreement = check_ready(address, identity, ways[0].staging, ready)
                 except BaseException as error:
                     channel.abort(f"handshake failed: {error!r}")
                     raise
@@ -236,18 +270,20 @@ class UcxTransport(Transport):
             raise PeerLost(f"worker {address.worker_id} does not answer in time") from error
         try:
             async with asyncio.timeout(self._config.connect_s):
-                return await self._open_payload(channel, ready, options)
+                return await self._open_payload(channel, ready, agreement, identity.slots, _way_for(agreement, ways))
         except TimeoutError as error:
             raise _PayloadFailed("self-test not finished in time") from error
         except TransferError as error:
             raise _PayloadFailed(str(error)) from error
 
-    async def _open_payload(self, channel: Channel, ready: PeerReady, options: dict[str, str]) -> UcxEndpoint:
+    async def _open_payload(
+        self, channel: Channel, ready: PeerReady, agreement: Agreement, slots: SlotStore, way: Way
+    ) -> UcxEndpoint:
         try:
-            driver = self._driver(options)
+            driver = self._driver(way)
             raw = await driver.connect(channel.peer_host, ready.payload_port, ready.payload_token)
-            endpoint = UcxEndpoint(channel, driver, raw, ready.worker_id, ready.instance)
-            await self._self_test(endpoint, endpoint.receive())
+            endpoint = UcxEndpoint(channel, driver, raw, ready, agreement)
+            await run_self_test(endpoint, slots, endpoint.receive())
         except BaseException as error:
             channel.abort(f"payload connection failed: {error!r}")  # takes the endpoint with it
             raise
@@ -282,18 +318,16 @@ class UcxTransport(Transport):
         hello = await _receive_peer_message(channel)
         if not isinstance(hello, PeerHello):
             raise ProtocolError(f"expected PeerHello, got {type(hello).__name__}")
-        if (refusal := check_hello(identity, hello)) is not None:
-            channel.post(PeerRefused(reason=refusal[:4096]))
-            identity.fingerprint.require_equal(hello.fingerprint, f"worker {hello.worker_id}")
-        driver = self._driver(self._settings(self._config.host)[0])
+        ways = self._ways(self._config.host, identity.slots)
+        try:
+            agreement = check_hello(identity, ways[0].staging, hello)
+        except FingerprintMismatch as refusal:
+            channel.post(PeerRefused(reason=str(refusal)[:4096]))
+            raise
+        driver = self._driver(_way_for(agreement, ways))
         token = secrets.token_bytes(TOKEN_BYTES)
         expected = driver.expect(token)
-        ready = PeerReady(
-            worker_id=identity.worker_id,
-            instance=identity.instance,
-            payload_port=driver.listen(),
-            payload_token=token,
-        )
+        ready = ready_of(identity, ways[0].staging, agreement.checksum, driver.listen(), token)
         channel.post(ready)
         # Read on meanwhile, or a dialer that left would be noticed only when the budget is spent.
         credit = asyncio.create_task(_receive_peer_message(channel))
@@ -302,8 +336,8 @@ class UcxTransport(Transport):
             if credit.done():
                 credit.result()
             raw = await asyncio.shield(expected)
-            endpoint = UcxEndpoint(channel, driver, raw, hello.worker_id, hello.instance)
-            await self._self_test(endpoint, credit)
+            endpoint = UcxEndpoint(channel, driver, raw, hello, agreement)
+            await run_self_test(endpoint, identity.slots, credit)
         except BaseException as error:
             credit.cancel()
             if not expected.cancel() and not expected.cancelled():
@@ -311,29 +345,6 @@ class UcxTransport(Transport):
             channel.abort(f"payload connection failed: {error!r}")
             raise
         return endpoint
-
-    async def _self_test(self, endpoint: UcxEndpoint, credit: Awaitable[PeerMessage]) -> None:
-        """Move a small payload and a whole slot both ways; the first use of a connection is slow, so not later."""
-        sizes = (SMALL_TEST_BYTES, self._config.slot_bytes)
-        tags = tuple(secrets.randbits(63) for _ in sizes)
-        received = [np.zeros(size, np.uint8) for size in sizes]
-        arrivals = [endpoint.post_receive(b, t) for b, t in zip(received, tags, strict=True)]
-        endpoint.post(Credit(tags=tags, slot_bytes=self._config.slot_bytes))
-        theirs = await credit
-        if not isinstance(theirs, Credit) or len(theirs.tags) != len(sizes):
-            raise ProtocolError(f"expected the self-test's Credit, got {type(theirs).__name__}")
-        peer_sizes = (SMALL_TEST_BYTES, theirs.slot_bytes)
-        sends = [
-            endpoint.send(_test_pattern(min(n, self._config.slot_bytes), t), t)
-            for n, t in zip(peer_sizes, theirs.tags, strict=True)
-        ]
-        await asyncio.wait([*arrivals, *sends])
-        for done in (*arrivals, *sends):
-            done.result()
-        for buffer, tag in zip(received, tags, strict=True):
-            filled = min(buffer.nbytes, max(theirs.slot_bytes, SMALL_TEST_BYTES))
-            if not np.array_equal(buffer[:filled], _test_pattern(filled, tag)):
-                raise TransferError("self-test payload arrived damaged")
 
 
 class _PayloadFailed(Exception):
@@ -361,15 +372,18 @@ def load_ucxx() -> UcxApi:
     )
 
 
-async def _introduce(channel: Channel, address: PeerAddress, identity: Identity) -> PeerReady:
-    hello = PeerHello(worker_id=identity.worker_id, instance=identity.instance, fingerprint=identity.fingerprint)
+def _way_for(agreement: Agreement, ways: list[Way]) -> Way:
+    """Return the first way in the memory agreed on: host memory goes by a UCX that never heard of CUDA."""
+    return next((way for way in ways if (way.staging == "host") == (agreement.kind == "host")), ways[0])
+
+
+async def _introduce(channel: Channel, hello: PeerHello) -> PeerReady:
     channel.post(hello)
     answer = await _receive_peer_message(channel)
     if isinstance(answer, PeerRefused):
         raise FingerprintMismatch(answer.reason)
     if not isinstance(answer, PeerReady):
         raise ProtocolError(f"expected PeerReady, got {type(answer).__name__}")
-    check_ready(address, answer)
     return answer
 
 
@@ -380,17 +394,6 @@ async def _receive_peer_message(channel: Channel) -> PeerMessage:
         channel.abort(reason)
         raise ProtocolError(reason)
     return message
-
-
-def _test_pattern(num_bytes: int, tag: int) -> Buffer:
-    return np.resize(np.frombuffer(tag.to_bytes(8, "little") + b"baton", np.uint8), num_bytes)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 async def _resolve(host: str) -> str:

@@ -2,6 +2,7 @@
 
     epoll fd readable, or work posted ──► _turn: a bounded number of progress calls ──► settle finished requests
                                             │ nothing left to do: arm(), sleep until the fd is readable
+                                            │   (with GPU memory also look again soon, for a second after any work)
                                             └ more to do: go on in the next turn of the loop
 
 ucxx's own progress modes either spin or cost several times the CPU, so this uses its Cython layer, which is private:
@@ -9,12 +10,14 @@ the dependency is pinned to one minor release.
 
 What UCX needs from us: a request is kept until it is complete, since dropping it does not stop UCX from writing into
 its buffer; receives that wait for a dead peer end only by `cancel_inflight_requests` after the close callback; and
-callbacks run inside progress, so they may only schedule.
+callbacks run inside progress, so they may only schedule. On a GPU it also needs a CUDA context on the event loop's
+thread before its own context is made: whoever has device slots has one.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -32,6 +35,10 @@ ADMISSION_BUDGET_S = 2.0
 MAX_UNADMITTED = 64
 DRAIN_BUDGET_S = 1.0
 TOKEN_BYTES = 32
+# A copy through CUDA IPC says that it is done by a callback of the CUDA driver into UCX's file descriptor. Transfers
+# that waited for ever for such a word are known (rapidsai/ucx-py#888), so while there is work we look ourselves too.
+CUDA_LOOK_S = 0.001
+CUDA_LOOK_FOR_S = 1.0
 _CLOSE_BUDGET_NS = 10**9
 
 RawEndpoint = Any  # ucxx's own, untyped
@@ -61,6 +68,7 @@ class UcxDriver:
             self._worker.init_blocking_progress_mode()
         except (api.error, RuntimeError) as error:
             raise ConfigError(f"UCX cannot start with these settings ({options}): {error}") from error
+        self.device_transports = offered_device_transports(self._context)
         self._fd: int = self._worker.epoll_file_descriptor
         self._pending: dict[Any, tuple[Completion, Buffer]] = {}
         self._listener: Any = None
@@ -68,7 +76,9 @@ class UcxDriver:
         self._admitting: set[asyncio.Task[None]] = set()
         self._is_scheduled = False
         self._is_closed = False
-        self._loop.add_reader(self._fd, self._turn)
+        self._worked_s = 0.0
+        self._look: asyncio.TimerHandle | None = None
+        self._loop.add_reader(self._fd, self._readable)
         self._kick()
 
     @property
@@ -157,6 +167,8 @@ class UcxDriver:
             await asyncio.sleep(0.001)
         self._is_closed = True
         self._loop.remove_reader(self._fd)
+        if self._look is not None:
+            self._look.cancel()
 
     def _submit(self, endpoint: RawEndpoint, start: Callable[[Any], Any], buffer: Buffer) -> Completion:
         done = Completion(loop=self._loop)
@@ -164,11 +176,14 @@ class UcxDriver:
         if self._is_closed or not endpoint.alive:
             done.finish(PeerLost("payload connection closed"))
             return done
-        array = self._api.array(buffer)
+        self._worked_s = self._loop.time()
         try:
-            request = start(array)
+            request = start(self._api.array(buffer))
         except self._api.error as error:
             done.finish(self._lost(error))
+            return done
+        except ValueError as error:  # device memory, and no transport that takes it
+            done.finish(TransferError(str(error)))
             return done
         if request.completed:
             self._settle(request, done)
@@ -176,6 +191,10 @@ class UcxDriver:
             self._pending[request] = (done, buffer)
             self._kick()
         return done
+
+    def _readable(self) -> None:
+        self._worked_s = self._loop.time()
+        self._turn()
 
     def _turn(self) -> None:
         self._is_scheduled = False
@@ -186,10 +205,21 @@ class UcxDriver:
             if not self._worker.progress_once():
                 self._reap()
                 if self._worker.arm():
+                    self._look_again()
                     return
             if time.perf_counter() > long_s:
                 break
         self._reap()
+        self._kick()
+
+    def _look_again(self) -> None:
+        """With device memory do not trust the file descriptor alone: turn once more in a millisecond."""
+        is_at_work = self._pending and self._loop.time() - self._worked_s < CUDA_LOOK_FOR_S
+        if self.device_transports and is_at_work and self._look is None:
+            self._look = self._loop.call_later(CUDA_LOOK_S, self._looked)
+
+    def _looked(self) -> None:
+        self._look = None
         self._kick()
 
     def _kick(self) -> None:
@@ -243,3 +273,13 @@ class UcxDriver:
                 self.close_endpoint(endpoint)
             else:
                 waiting.set_result(endpoint)
+
+
+def offered_device_transports(context: Any) -> frozenset[str]:
+    """Return which of UCX's CUDA transports a context really has.
+
+    Naming them in UCX_TLS is not enough: without its CUDA module, which needs the driver's and NVML's libraries, UCX
+    takes a pointer into GPU memory for one into host memory and crashes on it.
+    """
+    found = re.findall(r"-- (cuda_copy|cuda_ipc)/", context.info) if context.cuda_support else []
+    return frozenset(found)

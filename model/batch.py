@@ -19,7 +19,7 @@ class ForwardBatch:
     seq_lens: `[S]` int32, cached tokens plus the tokens of this batch.
     block_tables: `[S, max_blocks]` int32, the sequence's block ids in order; entries past its length are ignored.
     logits_indices: `[R]` int64, the rows (of T) whose logits are wanted, in the order wanted.
-    is_decode: every sequence has exactly one row (T = S).
+    is_decode: every sequence has exactly one row, whose logits are wanted (R = T = S, in order).
     """
 
     token_ids: Tensor

@@ -14,6 +14,7 @@ import torch
 
 from kernels.cpu.native import NativeKernels, NativeLibrary, NativeUnavailableError
 from kernels.cpu.native import load as load_native
+from kernels.table import REFERENCE, KernelTable
 from model.config import ModelConfig, read_config
 from model.decoder import Decoder
 from model.dummy_weights import DummyWeights
@@ -27,7 +28,8 @@ from model.torch_decoder import TorchDecoder
 from model.weights import LoadSummary, WeightSource, assemble
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-KERNELS = ("auto", "native", "torch")
+KERNELS = ("auto", "native", "triton", "torch")
+FP8 = "fp8"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +40,10 @@ class LoadOptions:
         dtype: of weights and activations; "auto" is float32 on the CPU and bfloat16 on a GPU.
         device: "cpu" or a CUDA device.
         quantization: "auto" keeps a GGUF file's own on the CPU and floats elsewhere, and is "none" where dtype says
-            float32; "none" computes in dtype; "stored", "int8" and "int4" need the native kernels.
-        kernels: "auto" takes the native ones where they can run; "native" insists on them; "torch" avoids them.
+            float32; "none" computes in dtype; "stored", "int8" and "int4" need the native kernels; "fp8" is for the
+            others.
+        kernels: "auto" takes the native ones on a CPU and Triton's on a GPU, where they can run; "native" and "triton"
+            insist on them; "torch" avoids both.
         num_threads: of the native kernels.
         dummy_seed: of a dummy model's weights.
         max_context_tokens: bounds the rotary tables below the model's own context length.
@@ -59,6 +63,7 @@ class _Plan:
     library: NativeLibrary | None
     quantization: str
     reason: str
+    table: KernelTable = REFERENCE
 
 
 def choose_dtype(name: str, device: str) -> torch.dtype:
@@ -98,16 +103,16 @@ def load_model(
         num_bytes = sum(matrix.data.nbytes for matrix in packed.matrices())
         summary = LoadSummary(num_bytes, time.monotonic() - started_s, plan.quantization, "cpu")
         return NativeDecoder(config, packed, kernels, summary)
-    weights = assemble(config, source, dtype, torch.device(options.device), progress)
-    name = str(dtype).removeprefix("torch.")
-    summary = LoadSummary(weights.num_bytes(), time.monotonic() - started_s, name, options.device)
-    return TorchDecoder(config, weights, summary, num_positions, plan.reason)
+    is_fp8 = plan.quantization == FP8
+    weights = assemble(config, source, dtype, torch.device(options.device), progress, is_fp8=is_fp8)
+    summary = LoadSummary(weights.num_bytes(), time.monotonic() - started_s, weights.arithmetic, options.device)
+    return TorchDecoder(config, weights, summary, num_positions, plan.reason, plan.table)
 
 
 def _plan(config: ModelConfig, files: ModelFiles, options: LoadOptions, dtype: torch.dtype) -> _Plan:
     """Choose the kernels and the quantisation; raises ModelError where what was asked for cannot be had."""
-    if options.quantization not in ("auto", *QUANTIZATIONS):
-        known = ", ".join(("auto", *QUANTIZATIONS))
+    if options.quantization not in ("auto", *QUANTIZATIONS, FP8):
+        known = ", ".join(("auto", *QUANTIZATIONS, FP8))
         raise ModelError(f"quantization {options.quantization!r} is not supported (supported: {known})")
     if options.kernels not in KERNELS:
         raise ModelError(f"kernels {options.kernels!r} is not supported (supported: {', '.join(KERNELS)})")
@@ -116,17 +121,36 @@ def _plan(config: ModelConfig, files: ModelFiles, options: LoadOptions, dtype: t
         return _Plan(against, _quantization(files, options), "")
     if options.kernels == "native":
         raise ModelError(f"kernels: native was asked for, but {against}")
-    if options.quantization not in ("auto", "none"):
+    if options.quantization not in ("auto", "none", FP8):
         raise ModelError(f"quantization {options.quantization} needs the native kernels, but {against}")
-    return _Plan(None, "none", against)
+    table, why = _table(options)
+    return _Plan(None, FP8 if options.quantization == FP8 else "none", why or against, table)
+
+
+def _table(options: LoadOptions) -> tuple[KernelTable, str]:
+    """Choose between Triton's kernels and the reference, and say why where it is not self-evident."""
+    is_cpu = torch.device(options.device).type == "cpu"
+    if options.kernels == "torch" or (is_cpu and options.kernels == "auto"):
+        return REFERENCE, ""
+    try:
+        from kernels.gpu.table import is_interpreted, triton_table
+    except ImportError as error:
+        if options.kernels == "triton":
+            raise ModelError(f"kernels: triton was asked for, but it cannot be imported ({error})") from error
+        return REFERENCE, f"triton cannot be imported: {error}"
+    if is_cpu and not is_interpreted():
+        raise ModelError("kernels: triton was asked for, but the device is a CPU")
+    return triton_table(), f"the device is {options.device}"
 
 
 def _against_native(config: ModelConfig, options: LoadOptions, dtype: torch.dtype) -> NativeLibrary | str:
     """Give the native library, or say what speaks against using it."""
     if torch.device(options.device).type != "cpu":
         return f"the device is {options.device}"
-    if options.kernels == "torch":
-        return "torch kernels were asked for"
+    if options.kernels in ("torch", "triton"):
+        return f"{options.kernels} kernels were asked for"
+    if options.quantization == FP8:
+        return "fp8 weights were asked for"
     if dtype != torch.float32:
         return f"the dtype is {options.dtype}"
     reason = why_not(config)

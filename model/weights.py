@@ -12,7 +12,9 @@ from typing import Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from kernels.fp8 import Fp8Matrix, quantize_fp8
 from kernels.quantized import QuantizedRows
+from kernels.reference import Matrix
 from model.config import ModelConfig
 from model.errors import WeightError
 
@@ -45,14 +47,14 @@ class LayerWeights:
     """One decoder layer; matrices are `[out, in]`. Rows of qkv: all q heads, all k heads, all v heads."""
 
     attention_norm: Tensor
-    qkv: Tensor
+    qkv: Matrix
     qkv_bias: Tensor | None
     q_norm: Tensor | None
     k_norm: Tensor | None
-    attention_out: Tensor
+    attention_out: Matrix
     mlp_norm: Tensor
-    gate_up: Tensor
-    down: Tensor
+    gate_up: Matrix
+    down: Matrix
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,12 @@ class DecoderWeights:
     lm_head: Tensor
     rope_factors: Tensor | None
 
+    @property
+    def arithmetic(self) -> str:
+        """Name the numbers that a decoder of these weights computes with."""
+        name = str(self.embedding.dtype).removeprefix("torch.")
+        return f"{name} with fp8 weights" if isinstance(self.layers[0].qkv, Fp8Matrix) else name
+
     def num_bytes(self) -> int:
         """Count the bytes that the weights take, a tied lm_head once."""
         tensors = {id(tensor): tensor for tensor in self._tensors()}
@@ -76,8 +84,9 @@ class DecoderWeights:
     def _tensors(self) -> list[Tensor]:
         found: list[Tensor | None] = [self.embedding, self.final_norm, self.lm_head, self.rope_factors]
         for layer in self.layers:
-            found += [layer.attention_norm, layer.qkv, layer.qkv_bias, layer.q_norm, layer.k_norm]
-            found += [layer.attention_out, layer.mlp_norm, layer.gate_up, layer.down]
+            found += [layer.attention_norm, layer.qkv_bias, layer.q_norm, layer.k_norm, layer.mlp_norm]
+            for matrix in (layer.qkv, layer.attention_out, layer.gate_up, layer.down):
+                found += [matrix.data, matrix.scales] if isinstance(matrix, Fp8Matrix) else [matrix]
         return [tensor for tensor in found if tensor is not None]
 
 
@@ -96,13 +105,20 @@ class LoadSummary:
 
 
 def assemble(
-    config: ModelConfig, source: WeightSource, dtype: torch.dtype, device: torch.device, progress: Progress | None
+    config: ModelConfig,
+    source: WeightSource,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress | None,
+    *,
+    is_fp8: bool = False,
 ) -> DecoderWeights:
     """Read every tensor that the config asks for and pack them for the decoder; raises WeightError.
 
-    `progress(done, total, name)` is called after each tensor. The caller owns the result.
+    `progress(done, total, name)` is called after each tensor. `is_fp8` rounds the matrices of the layers to 8-bit
+    floats on the device, one layer after another; embedding and lm_head stay as they are. The caller owns the result.
     """
-    reader = _Reader(config, source, dtype, device, progress)
+    reader = _Reader(config, source, dtype, device, progress, quantize_fp8 if is_fp8 else _as_is)
     embedding = reader.one("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
     layers = tuple(reader.layer(index) for index in range(config.num_layers))
     final_norm = reader.one("model.norm.weight", config.hidden_size)
@@ -124,6 +140,7 @@ class _Reader:
     dtype: torch.dtype
     device: torch.device
     progress: Progress | None
+    matrix: Callable[[Tensor], Matrix]
     num_read: int = 0
 
     def one(self, name: str, *shape: int) -> Tensor:
@@ -142,21 +159,27 @@ class _Reader:
         bias = [self.one(f"{attention}{name}.bias", size) for name, size in rows.items()] if c.qkv_bias else []
         return LayerWeights(
             attention_norm=self.one(prefix + "input_layernorm.weight", c.hidden_size),
-            qkv=torch.cat(qkv),
+            qkv=self.matrix(torch.cat(qkv)),
             qkv_bias=torch.cat(bias) if bias else None,
             q_norm=self.one(attention + "q_norm.weight", c.head_dim) if c.qk_norm else None,
             k_norm=self.one(attention + "k_norm.weight", c.head_dim) if c.qk_norm else None,
-            attention_out=self.one(attention + "o_proj.weight", c.hidden_size, rows["q_proj"]),
+            attention_out=self.matrix(self.one(attention + "o_proj.weight", c.hidden_size, rows["q_proj"])),
             mlp_norm=self.one(prefix + "post_attention_layernorm.weight", c.hidden_size),
-            gate_up=torch.cat(
-                [
-                    self.one(f"{mlp}{name}.weight", c.intermediate_size, c.hidden_size)
-                    for name in ("gate_proj", "up_proj")
-                ]
+            gate_up=self.matrix(
+                torch.cat(
+                    [
+                        self.one(f"{mlp}{name}.weight", c.intermediate_size, c.hidden_size)
+                        for name in ("gate_proj", "up_proj")
+                    ]
+                )
             ),
-            down=self.one(mlp + "down_proj.weight", c.hidden_size, c.intermediate_size),
+            down=self.matrix(self.one(mlp + "down_proj.weight", c.hidden_size, c.intermediate_size)),
         )
 
     def _num_tensors(self) -> int:
         per_layer = 9 + 3 * self.config.qkv_bias + 2 * self.config.qk_norm
         return 2 + (not self.config.tie_embeddings) + per_layer * self.config.num_layers
+
+
+def _as_is(weight: Tensor) -> Matrix:
+    return weight

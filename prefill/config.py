@@ -21,6 +21,8 @@ class PrefillConfig:
         max_num_seqs: prompts held at once, computing or waiting for their KV to land.
         num_layer_groups: pushes that the layers of a large chunk are split into, so that sending overlaps computing.
         layer_push_min_tokens: smaller chunks are pushed whole: splitting them costs more than it hides.
+        num_sms: multiprocessors of a GPU that prefill is confined to beside the decode worker of the same process,
+            which then has all others to itself; 0 does not divide them.
     """
 
     engine: EngineConfig
@@ -31,9 +33,12 @@ class PrefillConfig:
     max_num_seqs: int = 256
     num_layer_groups: int = 3
     layer_push_min_tokens: int = 128
+    num_sms: int = 0
 
     def __post_init__(self) -> None:
         for name in ("chunk_tokens", "max_num_seqs", "num_layer_groups", "layer_push_min_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"prefill {name} must be at least 1, got {value}")
+        if self.num_sms < 0:
+            raise ConfigError(f"prefill num_sms must not be negative, got {self.num_sms}")

@@ -1,10 +1,13 @@
 """Which prompt tokens are computed next. Pure: no clock, no thread, no tensor; time comes as an argument.
 
     WAITING ──blocks allocated──► COMPUTING ──last chunk──► COMPUTED ──transfer ended──► gone
-       └───────────── abort ─────────┴───────── blocks stay until the transfer has ended ──► gone
+       └───────────── abort ─────────┴── blocks stay until transfer and steps in flight have ended ──► gone
 
 The order is by deadline, and deadlines grow with the length of the prompt, so a long prompt does not hold up short ones
 behind it. While several prompts want tokens, one of them gets at most half of a step, whatever its deadline.
+
+Where decode works in the same pool, a prompt that will run on there begins only once its sequence has a slot, and
+leaves some blocks to running sequences (`engine/local_handoff.py`).
 
 A prompt whose next block is just being computed for another one waits for it and then finds it cached: candidates for
 the same job, arriving together, compute the shared part once.
@@ -18,9 +21,9 @@ from enum import Enum, auto
 
 from engine.batch import BatchItem
 from engine.block_pool import BlockPool
+from engine.local_handoff import PromptTaker
 from engine.sequence import Sequence, num_blocks_for
 from protocol.block_hash import BlockHash
-from protocol.errors import OutOfBlocks
 
 _MAX_BATCH_SEQS = 64
 
@@ -51,6 +54,7 @@ class PrefillJob:
     started_s: float = 0.0
     num_cached_tokens: int = 0
     has_transfer: bool = False
+    num_in_flight: int = 0
 
     @property
     def transfer_id(self) -> int:
@@ -70,10 +74,12 @@ class PrefillScheduler:
         pool: the worker's blocks.
         block_size: tokens per block.
         chunk_tokens: most tokens of one step.
+        taker: decode's end, where prompts are handed over inside the pool instead of being sent.
     """
 
-    def __init__(self, pool: BlockPool, block_size: int, chunk_tokens: int) -> None:
+    def __init__(self, pool: BlockPool, block_size: int, chunk_tokens: int, taker: PromptTaker | None = None) -> None:
         self._pool = pool
+        self.taker = taker
         self._block_size = block_size
         self._chunk_tokens = chunk_tokens
         self._share_tokens = max(1, chunk_tokens // 2)
@@ -92,8 +98,12 @@ class PrefillScheduler:
 
     @property
     def queued_tokens(self) -> int:
-        """Prompt tokens still to be computed."""
-        return sum(job.num_left for job in self._jobs.values() if job.state in _UNFINISHED)
+        """Prompt tokens still to be computed, of prompts that may begin or have begun."""
+        return sum(
+            job.num_left
+            for job in self._jobs.values()
+            if job.state is JobState.COMPUTING or (job.state is JobState.WAITING and self._has_slot(job))
+        )
 
     def get(self, transfer_id: int) -> PrefillJob | None:
         """Return a job by its placement."""
@@ -130,8 +140,11 @@ class PrefillScheduler:
         started, self._started = self._started, []
         return started
 
-    def computed(self, items: Iterable[BatchItem]) -> None:
-        """Note that these chunks stand in the blocks; full blocks become findable."""
+    def launched(self, items: Iterable[BatchItem]) -> None:
+        """Note that a step computes these chunks; full blocks become findable.
+
+        Whoever finds one reads it in a later step, so after this one, or is told of it in order with this step's cells.
+        """
         for item in items:
             seq = item.sequence
             first = seq.num_computed_tokens // self._block_size
@@ -140,12 +153,19 @@ class PrefillScheduler:
             for index in range(first, last):
                 self._pool.name(seq.block_ids[index], seq.names[index])
             job = self._jobs[seq.transfer_id]
+            job.num_in_flight += 1
             if job.num_left == 0 and job.state is JobState.COMPUTING:
                 job.state = JobState.COMPUTED
-                self._free_if_done(job)
+
+    def landed(self, items: Iterable[BatchItem]) -> None:
+        """Note that a launched step is done."""
+        for item in items:
+            job = self._jobs[item.sequence.transfer_id]
+            job.num_in_flight -= 1
+            self._free_if_done(job)
 
     def abort(self, transfer_id: int) -> None:
-        """Stop computing a job; its blocks are freed once no transfer reads them. Idempotent."""
+        """Stop computing a job; its blocks are freed once no transfer reads and no step writes them. Idempotent."""
         job = self._jobs.get(transfer_id)
         if job is not None:
             job.state = JobState.ABORTED
@@ -170,11 +190,14 @@ class PrefillScheduler:
                 break
             if job.state is JobState.WAITING:
                 # Nobody overtakes a prompt that lacks blocks: smaller ones would starve it for ever.
-                may_start = may_start and self._start(job, being_computed, now_s)
+                may_start = may_start and (not self._has_slot(job) or self._start(job, being_computed, now_s))
             if job.state is JobState.COMPUTING:
                 chosen.append(job)
                 num_claimed += min(job.num_left, self._share_tokens)
         return chosen
+
+    def _has_slot(self, job: PrefillJob) -> bool:
+        return self.taker is None or job.receiver_id is None or self.taker.awaits(job.transfer_id)
 
     def _names_in_progress(self, jobs: list[PrefillJob]) -> set[BlockHash]:
         names: set[BlockHash] = set()
@@ -192,21 +215,23 @@ class PrefillScheduler:
         if len(cached) < usable and seq.names[len(cached)] in being_computed:
             return True
         self._pool.acquire(cached)
-        try:
-            fresh = self._pool.allocate(num_blocks_for(seq.num_prompt_tokens, self._block_size) - len(cached))
-        except OutOfBlocks:
+        num_fresh = num_blocks_for(seq.num_prompt_tokens, self._block_size) - len(cached)
+        num_kept_back = 0 if self.taker is None else self.taker.num_kept_back
+        if num_fresh + num_kept_back > self._pool.num_available:
             self._pool.release(cached)
             return False
-        seq.add_blocks(cached + fresh)
+        seq.add_blocks(cached + self._pool.allocate(num_fresh))
         seq.num_computed_tokens = job.num_cached_tokens = len(cached) * self._block_size
         job.state, job.started_s = JobState.COMPUTING, now_s
-        job.has_transfer = job.receiver_id is not None
+        job.has_transfer = job.receiver_id is not None and self.taker is None
+        if self.taker is not None:
+            self.taker.begun(job.transfer_id)
         being_computed.update(seq.names[len(cached) :])
         self._started.append(job)
         return True
 
     def _free_if_done(self, job: PrefillJob) -> None:
-        if job.has_transfer or job.state in _UNFINISHED:
+        if job.has_transfer or job.num_in_flight or job.state in _UNFINISHED:
             return
         self._pool.release(job.sequence.take_blocks())
         del self._jobs[job.transfer_id]

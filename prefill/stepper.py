@@ -4,17 +4,24 @@
 prefix cache holds already is `CellsReady` at once. 3. While the model runs, each finished group of layers is announced,
 so that the event loop pushes it beside the computation. 4. The last chunk yields `FirstTokenReady`. 5. `TransferEnded`
 lets the blocks go.
+
+Where decode works in the same pool, nothing is sent: with its first token a prompt's blocks are handed to the decode
+stepper, before they are let go of here (`engine/local_handoff.py`), so that 3. and 5. fall away.
+
+Where a step is only enqueued on a device, the next one is launched behind it, and what is to be said of a step waits,
+in order, until the device has passed the point that it speaks of: nothing is sent before the kernel that wrote it.
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from engine.batch import BatchItem
-from engine.block_pool import BlockPool, PoolCounts
-from engine.runner import Runner
+from engine.block_pool import BlockPool, PoolCounts, PoolWatch
+from engine.runner import BatchRunner
 from engine.sampler import Sampled
 from prefill.scheduler import JobState, PrefillJob, PrefillScheduler
 from protocol.handoff import SendRange
@@ -106,7 +113,7 @@ class PrefillStepper:
 
     def __init__(
         self,
-        runner: Runner,
+        runner: BatchRunner,
         pool: BlockPool,
         scheduler: PrefillScheduler,
         emit: Callable[[PrefillEmission], None],
@@ -125,10 +132,25 @@ class PrefillStepper:
         self._num_layers = sum(count for _, count in layer_groups)
         self._layer_push_min_tokens = layer_push_min_tokens
         self._max_model_len = max_model_len
+        self._due: deque[tuple[Callable[[], bool], Callable[[], None]]] = deque()
+        self._num_in_flight = 0
+        self._landed_s = 0.0
         self.counters = PrefillCounters()
         self.pool_counts: PoolCounts = pool.counts()
         self.num_waiting = self.num_running = self.queued_tokens = 0
-        self._is_busy = False
+        self._watch = PoolWatch(pool)
+        self._between: Callable[[], None] | None = None
+
+    def share_pool(self, watch: PoolWatch, between: Callable[[], None] | None) -> None:
+        """Work in a pool beside the decode stepper that is the scheduler's taker; only before the first event.
+
+        Args:
+            watch: of the common pool.
+            between: called between the layers of a launch, which takes long where the device is only told of it: lets
+                decode have its turn meanwhile. None where a launch computes.
+        """
+        assert self._scheduler.taker is not None
+        self._watch, self._between = watch, between
 
     def handle(self, event: PrefillEvent) -> None:
         """Take one event."""
@@ -136,46 +158,91 @@ class PrefillStepper:
             self._scheduler.submit(event.job)
         elif isinstance(event, AbortJob):
             self._scheduler.abort(event.transfer_id)
+            if self._scheduler.taker is not None:
+                self._scheduler.taker.abandon(event.transfer_id, "its prompt was aborted")
         else:
             self._scheduler.transfer_ended(event.transfer_id)
         self._publish()
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether something is to be said once the device gets there."""
+        return bool(self._due)
+
     def step(self) -> bool:
-        """Compute the next chunks."""
+        """Say what is due and launch the next chunks."""
+        spoke = self._speak()
+        if self._num_in_flight == self._runner.depth:
+            return spoke
         begin_s = time.monotonic()
         items = self._scheduler.schedule(begin_s)
         for job in self._scheduler.take_started():
             self._announce(job)
         if not items:
             self._publish()
-            return False
+            return spoke
+        self._launch(items, begin_s)
+        self._speak()
+        return True
+
+    def _launch(self, items: list[BatchItem], begin_s: float) -> None:
         pushes = [push for item in items if (push := self._push_of(item)) is not None]
         num_tokens = sum(item.num_tokens for item in items)
-        in_groups = num_tokens >= self._layer_push_min_tokens and len(self._groups) > 1
-        results = self._runner.step(items, self._on_layer(pushes) if in_groups else None, self._groups)
+        is_large = num_tokens >= self._layer_push_min_tokens and len(self._groups) > 1
+        in_groups = is_large and self._scheduler.taker is None
+        if self._between is not None:
+            launched = self._runner.launch(items, self._give_way)
+        else:
+            launched = self._runner.launch(items, self._on_layer(pushes) if in_groups else None, self._groups)
         if not in_groups:
-            self._emit_cells(pushes, 0, self._num_layers)
+            self._say_cells(pushes, 0, self._num_layers)
         jobs = [self._scheduler.get(item.sequence.transfer_id) for item in items]
-        self._scheduler.computed(items)
-        for computed, result in zip(jobs, results, strict=True):
-            if result is not None and computed is not None:
-                self._finish(computed, result)
-        self.counters.num_steps += 1
-        self.counters.num_computed_tokens += num_tokens
-        self.counters.step_s += time.monotonic() - begin_s
-        self._publish()
-        return True
+        self._scheduler.launched(items)
+        self._num_in_flight += 1
+
+        def land() -> None:
+            self._num_in_flight -= 1
+            for job, result in zip(jobs, launched.results(), strict=True):
+                if result is not None and job is not None:
+                    self._finish(job, result)
+            self._scheduler.landed(items)  # may let go of blocks: only after they have been handed over
+            now_s = time.monotonic()
+            self.counters.num_steps += 1
+            self.counters.num_computed_tokens += num_tokens
+            self.counters.step_s += now_s - max(begin_s, self._landed_s)
+            self._landed_s = now_s
+            self._publish()
+
+        self._due.append((launched.is_done, land))
+
+    def _speak(self) -> bool:
+        """Do what is due, in order, as far as the device has got; return whether there was anything."""
+        spoke = False
+        while self._due and self._due[0][0]():
+            self._due.popleft()[1]()
+            spoke = True
+        return spoke
+
+    def _say(self, emission: PrefillEmission) -> None:
+        """Emit once the device has done all that is enqueued now."""
+        mark = self._runner.mark()
+        if not self._due and mark.is_passed():
+            self._emit(emission)
+        else:
+            self._due.append((mark.is_passed, lambda: self._emit(emission)))
 
     def _announce(self, job: PrefillJob) -> None:
         self.counters.num_cached_tokens += job.num_cached_tokens
-        self._emit(Started(job.transfer_id, job.receiver_id, tuple(job.sequence.block_ids)))
+        if self._scheduler.taker is not None:
+            return
+        self._say(Started(job.transfer_id, job.receiver_id, tuple(job.sequence.block_ids)))
         num_cached_blocks = job.num_cached_tokens // self._block_size
         if num_cached_blocks and job.receiver_id is not None:
-            self._emit(CellsReady(job.transfer_id, SendRange(0, num_cached_blocks, 0, self._num_layers)))
+            self._say(CellsReady(job.transfer_id, SendRange(0, num_cached_blocks, 0, self._num_layers)))
 
     def _push_of(self, item: BatchItem) -> _Push | None:
         job = self._scheduler.get(item.sequence.transfer_id)
-        if job is None or job.receiver_id is None:
+        if job is None or not job.has_transfer:
             return None
         first = item.start // self._block_size
         end = item.start + item.num_tokens
@@ -184,14 +251,20 @@ class PrefillStepper:
 
     def _on_layer(self, pushes: list[_Push]) -> Callable[[int], None]:
         def on_layer(layer: int) -> None:
-            self._emit_cells(pushes, *self._groups[layer])
+            self._say_cells(pushes, *self._groups[layer])
+            self._speak()
 
         return on_layer
 
-    def _emit_cells(self, pushes: list[_Push], first_layer: int, num_layers: int) -> None:
+    def _give_way(self, _: int) -> None:
+        assert self._between is not None
+        self._speak()
+        self._between()
+
+    def _say_cells(self, pushes: list[_Push], first_layer: int, num_layers: int) -> None:
         for push in pushes:
             cells = SendRange(push.first_block, push.num_blocks, first_layer, num_layers)
-            self._emit(CellsReady(push.transfer_id, cells))
+            self._say(CellsReady(push.transfer_id, cells))
 
     def _finish(self, job: PrefillJob, result: Sampled) -> None:
         if job.state is JobState.ABORTED:
@@ -202,16 +275,18 @@ class PrefillStepper:
         row = TokenRow(seq.request_id, seq.epoch, 0, result.token_id, reason, result.logprobs)
         queue_s, prefill_s = job.started_s - job.arrived_s, now_s - job.started_s
         self._emit(FirstTokenReady(job.transfer_id, row, job.num_cached_tokens, queue_s, prefill_s))
+        taker = self._scheduler.taker
+        if taker is not None and reason is None:
+            taker.take(job.transfer_id, seq.block_ids, result.token_id)
+        elif taker is not None:
+            taker.abandon(job.transfer_id, None)
 
     def _publish(self) -> None:
         self.pool_counts = self._pool.counts()
         self.num_waiting = self._scheduler.num_waiting
         self.num_running = self._scheduler.num_jobs - self.num_waiting
         self.queued_tokens = self._scheduler.queued_tokens
-        became_idle = self._is_busy and self._scheduler.num_jobs == 0
-        self._is_busy = self._scheduler.num_jobs > 0
-        if became_idle:
-            self._pool.check(num_expected_leased=0)
+        self._watch.tell(self, self._scheduler.num_jobs > 0)
 
 
 def layer_groups(num_layers: int, num_groups: int) -> list[tuple[int, int]]:

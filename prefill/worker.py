@@ -6,6 +6,8 @@
 4. The first token is sampled and goes to the router at once; COMMIT follows the last piece to the decode worker.
 5. LANDED, a failure or an abort ends the transfer: the blocks become evictable prefix cache. A failed transfer is
    reported, and the router places the request again.
+Colocated with decode, over one pool, nothing is sent: with step 4 the decode stepper beside this one holds the prompt's
+blocks, and the placement ends here (`engine/local_handoff.py`).
 A request that needs no decode worker (`decode_worker_id` is None, or its first token ends it) stops after step 4.
 """
 
@@ -14,16 +16,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from functools import partial
 
 import msgspec
 
-from engine.block_pool import BlockPool
+from engine.block_pool import BlockPool, PoolCounts
 from engine.compute_loop import ComputeLoop
+from engine.execution import open_batch_runner, stays_on_device
 from engine.loading import LoadedModel, load, pin_process
+from engine.local_handoff import TRANSPORT as LOCAL
+from engine.local_handoff import OnePool, PromptTaker
 from engine.placement import refusal_of, sequence_of
-from engine.runner import Runner
+from engine.runner import BatchRunner
 from engine.service import WorkerService, drain_on_signals, new_registration
 from kvtransfer.sending import SendSide
+from kvtransfer.stats import TransferStats
 from kvtransfer.transport import Identity, Listener, Transport
 from kvtransfer.transports import open_transport
 from prefill.config import PrefillConfig
@@ -52,29 +59,19 @@ class PrefillWorker:
 
     Args:
         compute: the compute thread, not yet started.
-        transport: how KV leaves; owned by the caller.
+        departure: how KV leaves: over a transport, owned by the caller, or in a pool shared with a decode worker, which
+            has been made and added to `compute` before.
     """
 
-    def __init__(self, config: PrefillConfig, model: LoadedModel, compute: ComputeLoop, transport: Transport) -> None:
+    def __init__(
+        self, config: PrefillConfig, model: LoadedModel, compute: ComputeLoop, departure: Transport | OnePool
+    ) -> None:
         self._model = model
         self._compute = compute
-        self._transport = transport
+        self._departure = departure
         self._listener: Listener | None = None
+        self._sending: SendSide | None = None
         self._open_transfers: set[int] = set()
-        chunk_tokens = config.chunk_tokens or (GPU_CHUNK_TOKENS if model.device.type == "cuda" else CPU_CHUNK_TOKENS)
-        kv_cache = model.new_kv_cache()
-        pool = BlockPool(model.num_blocks)
-        self._stepper = PrefillStepper(
-            Runner(model.decoder, kv_cache),
-            pool,
-            PrefillScheduler(pool, model.fingerprint.block_size, chunk_tokens),
-            lambda emission: compute.call_back(self._on_emission, emission),
-            block_size=model.fingerprint.block_size,
-            layer_groups=layer_groups(model.fingerprint.num_layers, config.num_layer_groups),
-            layer_push_min_tokens=config.layer_push_min_tokens,
-            max_model_len=model.max_model_len,
-        )
-        self._sending = SendSide(kv_cache, config.transfer, self._on_transfer_ended)
         registration = new_registration(
             config.service,
             Role.PREFILL,
@@ -82,21 +79,64 @@ class PrefillWorker:
             (model.num_blocks, config.max_num_seqs, model.max_model_len),
             model.backend,
         )
+        if isinstance(departure, OnePool):
+            address = PeerAddress(worker_id=registration.worker_id, instance=registration.instance, transport=LOCAL)
+            departure.address, registration = address, msgspec.structs.replace(registration, address=address)
+            self._stepper = self._new_local_stepper(config, departure)
+        else:
+            kv_cache, pool = model.new_kv_cache(), BlockPool(model.num_blocks)
+            self._stepper = self._new_stepper(config, open_batch_runner(model, kv_cache), pool, None)
+            self._sending = SendSide(kv_cache, config.transfer, self._on_transfer_ended)
         self.service = WorkerService(config.service, registration, self)
         compute.add(self._stepper, self.service.on_dead)
 
+    def _new_stepper(
+        self, config: PrefillConfig, runner: BatchRunner, pool: BlockPool, taker: PromptTaker | None
+    ) -> PrefillStepper:
+        model = self._model
+        chunk_tokens = config.chunk_tokens or (GPU_CHUNK_TOKENS if model.device.type == "cuda" else CPU_CHUNK_TOKENS)
+        return PrefillStepper(
+            runner,
+            pool,
+            PrefillScheduler(pool, model.fingerprint.block_size, chunk_tokens, taker),
+            lambda emission: self._compute.call_back(self._on_emission, emission),
+            block_size=model.fingerprint.block_size,
+            layer_groups=layer_groups(model.fingerprint.num_layers, config.num_layer_groups),
+            layer_push_min_tokens=config.layer_push_min_tokens,
+            max_model_len=model.max_model_len,
+        )
+
+    def _new_local_stepper(self, config: PrefillConfig, one_pool: OnePool) -> PrefillStepper:
+        assert one_pool.taker is not None, "the decode worker is made first"
+        runner = open_batch_runner(self._model, one_pool.kv_cache, one_pool.queues.prefill)
+        stepper = self._new_stepper(config, runner, one_pool.pool, one_pool.taker)
+        # Where a launch computes, it is over before anybody could have a turn in the middle of it.
+        between = partial(self._compute.give_turns, stepper) if stays_on_device(self._model) else None
+        stepper.share_pool(one_pool.watch, between)
+        return stepper
+
     async def start(self) -> None:
-        """Open the port where decode workers connect; registration follows with `service.run`."""
+        """Open the port where decode workers connect, if they do; registration follows with `service.run`."""
+        if isinstance(self._departure, OnePool):
+            return
         registration = self.service.registration
-        identity = Identity(registration.worker_id, registration.instance, self._model.fingerprint)
-        self._listener = await self._transport.listen(identity, self._sending.serve)
+        identity = Identity(
+            registration.worker_id, registration.instance, self._model.fingerprint, self._sender.slot_store
+        )
+        self._listener = await self._departure.listen(identity, self._sender.serve)
         self.service.registration = msgspec.structs.replace(registration, address=self._listener.address)
+
+    @property
+    def _sender(self) -> SendSide:
+        assert self._sending is not None, "nothing is sent in a common pool"
+        return self._sending
 
     async def close(self) -> None:
         """Close the peer port and every connection; open transfers end as failed."""
         if self._listener is not None:
             await self._listener.close()
-        await self._sending.close()
+        if self._sending is not None:
+            await self._sending.close()
 
     # --- RoleHandler ---
 
@@ -118,15 +158,18 @@ class PrefillWorker:
         # Released first, so that the end of its transfer is not reported as a failure.
         self.service.release(transfer_id)
         if transfer_id in self._open_transfers:
-            self._sending.abort(transfer_id, reason)
+            self._sender.abort(transfer_id, reason)
 
     def set_members(self, peers: tuple[PeerAddress, ...]) -> None:
         """Prefill workers wait to be dialled: nothing to do."""
 
     def stats(self) -> WorkerStats:
         """Return current gauges and counters."""
-        stepper, counters, sent = self._stepper, self._stepper.counters, self._sending.stats
-        pool = stepper.pool_counts
+        stepper, counters = self._stepper, self._stepper.counters
+        # A common pool is the decode worker's to report: whoever adds workers up counts each block once.
+        sent, pool = TransferStats(), PoolCounts(0, 0, 0, 0)
+        if self._sending is not None:
+            sent, pool = self._sending.stats, stepper.pool_counts
         return WorkerStats(
             blocks_free=pool.free,
             blocks_cached=pool.cached,
@@ -162,7 +205,7 @@ class PrefillWorker:
             self._begin_transfer(emission)
         elif isinstance(emission, CellsReady):
             if emission.transfer_id in self._open_transfers:
-                self._sending.ready(emission.transfer_id, emission.cells)
+                self._sender.ready(emission.transfer_id, emission.cells)
         else:
             self._deliver(emission)
 
@@ -174,7 +217,7 @@ class PrefillWorker:
             self._compute.post(self._stepper, TransferEnded(started.transfer_id))
             return
         self._open_transfers.add(started.transfer_id)
-        self._sending.open(started.transfer_id, started.receiver_id, started.block_ids)
+        self._sender.open(started.transfer_id, started.receiver_id, started.block_ids)
 
     def _deliver(self, first: FirstTokenReady) -> None:
         transfer_id = first.transfer_id
@@ -190,11 +233,11 @@ class PrefillWorker:
         )
         is_open = transfer_id in self._open_transfers
         if is_open and first.row.finish_reason is None:
-            self._sending.commit(transfer_id, first.row.token_id)
+            self._sender.commit(transfer_id, first.row.token_id)
             return
         self.service.release(transfer_id)
         if is_open:
-            self._sending.abort(transfer_id, "finished with its first token")
+            self._sender.abort(transfer_id, "finished with its first token")
 
     def _on_transfer_ended(self, transfer_id: int, failure: str | None) -> None:
         self._open_transfers.discard(transfer_id)

@@ -11,6 +11,7 @@ no pickle. A message starts with its type name; unknown fields are ignored, unkn
 
 History of WIRE_VERSION (raise it when an old peer would misread a new message):
     1  first version
+    2  peers: staging and checksum are agreed on; each end says Tested before the connection is used
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ import msgpack
 import msgspec
 
 from protocol.errors import ProtocolError
-from protocol.kv_layout import KVFingerprint
+from protocol.kv_layout import KVFingerprint, Staging
 from protocol.request import SamplingParams, TokenId, TokenRow
 
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 MAX_MESSAGE_BYTES = 8 << 20
 MAX_PROMPT_TOKENS = 1 << 20
 MAX_STRING_BYTES = 1 << 16
@@ -254,26 +255,41 @@ class Drain(Message, frozen=True, kw_only=True):
 
 
 class PeerHello(Message, frozen=True, kw_only=True):
-    """Dialer's first message: who it is and what its KV memory looks like."""
+    """Dialer's first message: who it is and what its KV memory looks like.
+
+    `staging` says where its slots may lie: "host"; "device"; "auto" is device memory if the acceptor's slots lie in
+    some too. `checksums` are those it can compute. Both ends then know where each other's slots are.
+    """
 
     worker_id: Name
     instance: Id
     fingerprint: KVFingerprint
+    staging: Staging = "host"
+    checksums: Annotated[tuple[Name, ...], msgspec.Meta(max_length=16)] = ("xxh3",)
 
 
 class PeerReady(Message, frozen=True, kw_only=True):
-    """The fingerprints agree. `payload_port` and the one-time `payload_token` open the payload connection."""
+    """The fingerprints agree. `payload_port` and the one-time `payload_token` open the payload connection.
+
+    `staging` as in the hello, now the acceptor's; `checksum` is the one that every piece of this connection carries.
+    """
 
     worker_id: Name
     instance: Id
+    staging: Staging = "host"
+    checksum: Name = "xxh3"
     payload_port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 0
     payload_token: Annotated[bytes, msgspec.Meta(max_length=64)] = b""
 
 
 class PeerRefused(Message, frozen=True, kw_only=True):
-    """The acceptor will not talk: the fingerprints differ, or it is another instance than expected."""
+    """The acceptor will not talk: the fingerprints differ, or no checksum is known to both."""
 
     reason: Text
+
+
+class Tested(Message, frozen=True, kw_only=True):
+    """Either side: the self-test's payload arrived here as it should. Who has said and heard it uses the connection."""
 
 
 class Credit(Message, frozen=True, kw_only=True):
@@ -292,7 +308,7 @@ class Grant(Message, frozen=True, kw_only=True):
 
 
 class Piece(Message, frozen=True, kw_only=True):
-    """Prefill: header of the payload sent under `tag`. `checksum` is xxh3-64 over the payload."""
+    """Prefill: header of the payload sent under `tag`. `checksum` is over the payload, by PeerReady's name."""
 
     transfer_id: Id
     tag: Id
@@ -328,7 +344,7 @@ class PeerAbort(Message, frozen=True, kw_only=True):
 HandshakeMessage = Challenge | Proof | Accept
 WorkerMessage = Register | Heartbeat | Links | FirstToken | Tokens | Declined | Preempted | TransferFailed
 RouterMessage = Welcome | Dismissed | Pulse | Members | Reserve | Prefill | Abort | Drain
-PeerMessage = PeerHello | PeerReady | PeerRefused | Credit | Grant | Piece | Commit | Landed | PeerAbort
+PeerMessage = PeerHello | PeerReady | PeerRefused | Tested | Credit | Grant | Piece | Commit | Landed | PeerAbort
 AnyMessage = HandshakeMessage | WorkerMessage | RouterMessage | PeerMessage
 
 

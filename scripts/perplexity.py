@@ -38,10 +38,11 @@ KV_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": tor
 
 @dataclass(frozen=True, slots=True)
 class Arithmetic:
-    """One way to compute: the loader's quantisation and the type of the KV cache."""
+    """One way to compute: the loader's quantisation and dtype, and the type of the KV cache."""
 
     quantization: str
     kv_dtype: str
+    dtype: str = "auto"
 
 
 # The first one is what the others are compared with.
@@ -53,6 +54,9 @@ ARITHMETICS = (
     Arithmetic("stored", "bfloat16"),
     Arithmetic("int8", "float16"),
     Arithmetic("int4", "float16"),
+    # What a GPU computes: the sums are float32 there too, so that the figures hold for it.
+    Arithmetic("none", "bfloat16", "bfloat16"),
+    Arithmetic("fp8", "bfloat16", "bfloat16"),
 )
 
 
@@ -108,7 +112,7 @@ def measure(
     exact = [predict(exact_decoder, window, torch.float32) for window in windows]
     found: list[Quality] = []
     for arithmetic in arithmetics:
-        decoder = load_model(files, LoadOptions(quantization=arithmetic.quantization))
+        decoder = load_model(files, LoadOptions(quantization=arithmetic.quantization, dtype=arithmetic.dtype))
         total = same = divergence = 0.0
         count = 0
         for window, theirs in zip(windows, exact, strict=True):

@@ -24,7 +24,7 @@ from bench.kernels.batches import (
 )
 from bench.kernels.shape import Load, Shape
 from bench.kernels.timing import Call, Case
-from kernels import ops
+from kernels import reference
 from kernels.cpu.step import StepInput
 
 _EPS = 1e-5
@@ -112,11 +112,11 @@ class PlainCases:
         places = self._pools.pool(dtype).places(load)
         if load.queries == 1:
             return rotating([
-                lambda kv=kv, t=t: ops.paged_decode_attention(q, kv, t, lengths, scale)  # type: ignore[misc]
+                lambda kv=kv, t=t: reference.paged_decode_attention(q, kv, t, lengths, scale)  # type: ignore[misc]
                 for kv, t in places
             ])  # fmt: skip
         return rotating([
-            lambda kv=kv, t=t: ops.paged_prefill_attention(q, kv, t, starts, lengths, scale)  # type: ignore[misc]
+            lambda kv=kv, t=t: reference.paged_prefill_attention(q, kv, t, starts, lengths, scale)  # type: ignore[misc]
             for kv, t in places
         ])  # fmt: skip
 
@@ -135,23 +135,23 @@ class PlainCases:
 
     def _norm(self, n: int) -> Call:
         x, weight = self._random(n, self._shape.hidden), self._random(self._shape.hidden)
-        return lambda: ops.rms_norm(x, weight, _EPS)
+        return lambda: reference.rms_norm(x, weight, _EPS)
 
     def _silu(self, n: int) -> Call:
         x = self._random(n, 2 * self._shape.intermediate)
-        return lambda: ops.silu_mul(x)
+        return lambda: reference.silu_mul(x)
 
     def _rope(self, n: int) -> Call:
         shape, device = self._shape, self._setting.device
         q, k = self._random(n, shape.num_heads, shape.head_dim), self._random(n, shape.num_kv_heads, shape.head_dim)
         cos, sin = (table.to(device) for table in rotary_tables(shape))
         positions = torch.arange(n, device=device) % cos.shape[0]
-        return lambda: ops.rope(q, k, positions, cos, sin)
+        return lambda: reference.rope(q, k, positions, cos, sin)
 
     def _store(self, n: int, dtype: torch.dtype) -> Call:
         k, v = (self._random(n, self._shape.num_kv_heads, self._shape.head_dim) for _ in range(2))
         return rotating([
-            lambda kv=kv, slots=slots: ops.store_kv(k, v, kv, slots)  # type: ignore[misc]
+            lambda kv=kv, slots=slots: reference.store_kv(k, v, kv, slots)  # type: ignore[misc]
             for kv, slots in self._pools.pool(dtype).slots(n)
         ])  # fmt: skip
 
@@ -202,20 +202,21 @@ class PlainModel:
             if index == len(self.layers) - 1:
                 hidden, attended = hidden[batch.logits_indices], attended[batch.logits_indices]
             hidden = hidden + F.linear(attended, layer.out)
-            normed = ops.rms_norm(hidden, self._norm, _EPS)
-            hidden = hidden + F.linear(ops.silu_mul(F.linear(normed, layer.gate_up)), layer.down)
-        logits: Tensor = F.linear(ops.rms_norm(hidden, self._norm, _EPS), self._head)
+            normed = reference.rms_norm(hidden, self._norm, _EPS)
+            hidden = hidden + F.linear(reference.silu_mul(F.linear(normed, layer.gate_up)), layer.down)
+        logits: Tensor = F.linear(reference.rms_norm(hidden, self._norm, _EPS), self._head)
         return logits.float()
 
     def _attend(self, layer: PlainLayer, hidden: Tensor, batch: StepInput, kv_layer: Tensor, is_decode: bool) -> Tensor:
         shape, tables, lengths = self._shape, batch.block_tables, batch.seq_lens
-        qkv = F.linear(ops.rms_norm(hidden, self._norm, _EPS), layer.qkv).view(hidden.shape[0], -1, shape.head_dim)
+        normed = reference.rms_norm(hidden, self._norm, _EPS)
+        qkv = F.linear(normed, layer.qkv).view(hidden.shape[0], -1, shape.head_dim)
         query, key, value = torch.split(qkv, [shape.num_heads, shape.num_kv_heads, shape.num_kv_heads], dim=1)
-        query, key = ops.rope(query, key, batch.positions, self._cos, self._sin)
-        ops.store_kv(key, value, kv_layer, batch.slot_mapping)
+        query, key = reference.rope(query, key, batch.positions, self._cos, self._sin)
+        reference.store_kv(key, value, kv_layer, batch.slot_mapping)
         scale = shape.head_dim**-0.5
         if is_decode:
-            attended = ops.paged_decode_attention(query, kv_layer, tables, lengths, scale)
+            attended = reference.paged_decode_attention(query, kv_layer, tables, lengths, scale)
         else:
-            attended = ops.paged_prefill_attention(query, kv_layer, tables, batch.query_start, lengths, scale)
+            attended = reference.paged_prefill_attention(query, kv_layer, tables, batch.query_start, lengths, scale)
         return attended.reshape(query.shape[0], -1)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from baton import config
+from baton.cli import build_parser
 from baton.options import OPTIONS, options_of
 from baton.settings import Settings, merge
 from baton.values import core_set, number, whole
@@ -100,6 +101,7 @@ def test_one_file_may_hold_options_of_every_role(tmp_path: Path) -> None:
         ("drain-s: .nan", "drain_s: expected a finite number"),
         ("mode: both", "mode: expected one of disaggregated, colocated"),
         ("served-model-name: []", "served_model_name: expected at least one"),
+        ("enforce-eager: 1", "enforce_eager: expected true or false"),
     ],
 )
 def test_a_bad_file_is_an_error_that_names_the_key(tmp_path: Path, text: str, message: str) -> None:
@@ -121,6 +123,15 @@ def test_errors_name_the_variable_or_the_flag() -> None:
 
 def test_hidden_options_do_not_come_from_the_environment() -> None:
     assert settings("router", environment={"BATON_HTTP_FD": "3"})["http_fd"] is None
+
+
+def test_a_switch_is_turned_on_by_name_or_by_value(tmp_path: Path) -> None:
+    assert settings()["enforce_eager"] is False
+    assert settings(file=write(tmp_path / "c.yaml", "enforce-eager: true\n"))["enforce_eager"] is True
+    assert settings(environment={"BATON_ENFORCE_EAGER": "True"})["enforce_eager"] is True
+    for line, expected in ((["--enforce-eager"], "true"), (["--enforce-eager", "false"], "false"), ([], None)):
+        given = vars(build_parser().parse_args(["decode", "m", *line]))
+        assert given.get("enforce_eager") == expected
 
 
 def test_values_are_parsed_strictly() -> None:

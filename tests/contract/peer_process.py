@@ -32,7 +32,7 @@ async def lines() -> asyncio.StreamReader:
 async def prefill(num_blocks: int) -> None:
     transport = UcxTransport(PROCESS_CONFIG, SECRET)
     side = SendSide(MemoryRegion(PROCESS_LAYOUT, num_blocks, seed=1), PROCESS_CONFIG, lambda transfer_id, reason: None)
-    listener = await transport.listen(Identity("p0", 1, PROCESS_LAYOUT), side.serve)
+    listener = await transport.listen(Identity("p0", 1, PROCESS_LAYOUT, side.slot_store), side.serve)
     print(listener.address.port, flush=True)
     reader = await lines()
     while line := await reader.readline():

@@ -12,15 +12,22 @@ from typing import Any
 import msgspec
 import pytest
 
-from kvtransfer import pieces, sending
+from kvtransfer import sending
 from kvtransfer.transport import Buffer, Completion
 from protocol.errors import PeerLost
 from protocol.handoff import SendRange
 from protocol.wire import Commit, Credit, PeerMessage, Piece
 from tests.contract.workers import Plan, Site, until
-from tests.kvtransfer.memory_region import fingerprint
+from tests.kvtransfer.memory_region import DeviceRegion, MemoryRegion, fingerprint
 
 NUM_LAYERS = 3
+
+
+@pytest.fixture(params=[MemoryRegion, DeviceRegion], ids=["host", "device"])
+def region(request: pytest.FixtureRequest) -> type[MemoryRegion]:
+    """Return both kinds of KV memory: nobody but a region may touch the bytes of its slots."""
+    kind: type[MemoryRegion] = request.param
+    return kind
 
 
 def plans(rng: random.Random, num_plans: int, num_blocks: int = 64) -> Iterator[Plan]:
@@ -62,6 +69,8 @@ async def test_random_transfers_arrive_byte_for_byte(site: Site, seed: int) -> N
         assert stats.num_bytes == num_moved * site.layout.block_bytes
         assert stats.num_blocks_skipped == sum(p.num_cached_blocks for p in drawn)
         assert stats.transfer_s > 0
+    algorithm = "words64" if site.region is DeviceRegion else "xxh3"
+    assert prefill.region.algorithms == decode.region.algorithms == {algorithm}
 
 
 async def test_commit_is_said_after_the_last_piece(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,17 +198,19 @@ async def test_pieces_that_arrive_after_an_abort_never_reach_the_region(site: Si
 async def test_damaged_payload_is_found_and_only_its_transfer_ends(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     prefill = await site.prefill()
     decode = await site.decode(prefill)
-    honest, num_pieces = pieces.checksum, 0
+    honest, num_pieces = prefill.region.checksum, 0
 
-    def dishonest(payload: Buffer) -> int:
+    def dishonest(payload: Buffer, algorithm: str) -> int:
         nonlocal num_pieces
         num_pieces += 1
-        total = honest(payload)
+        total = honest(payload, algorithm)
         if num_pieces == 3:
-            payload[7] ^= 1  # one bit, after the sum was taken
+            damaged = prefill.region.read(payload).copy()
+            damaged[7] ^= 1  # one bit, after the sum was taken
+            prefill.region.write(payload, damaged)
         return total
 
-    monkeypatch.setattr(sending, "checksum", dishonest)
+    monkeypatch.setattr(prefill.region, "checksum", dishonest)
     broken, fine = whole(1, 30), Plan(2, (40, 41), (40, 41), 0, (SendRange(0, 2, 0, NUM_LAYERS),), 9)
     broken.receive(decode, "p0")
     await broken.send(prefill, "d0")

@@ -80,10 +80,16 @@ class DecodeWorker:
 
 
 class Site:
-    """Starts transports and workers, and closes them in the right order."""
+    """Starts transports and workers, and closes them in the right order.
 
-    def __init__(self, config: TransferConfig) -> None:
+    Args:
+        config: of every worker, unless it is given its own.
+        region: what the KV memory of workers is, unless they are given their own: host memory, or opaque.
+    """
+
+    def __init__(self, config: TransferConfig, region: type[MemoryRegion] = MemoryRegion) -> None:
         self.config = config
+        self.region = region
         self.layout = fingerprint()
         self._inproc = InprocTransport()
         self.transports: list[Transport] = []
@@ -113,15 +119,21 @@ class Site:
         return dialer, acceptor
 
     async def prefill(
-        self, name: str = "p0", instance: int = 1, num_blocks: int = 64, config: TransferConfig | None = None
+        self,
+        name: str = "p0",
+        instance: int = 1,
+        num_blocks: int = 64,
+        config: TransferConfig | None = None,
+        region: type[MemoryRegion] | None = None,
     ) -> PrefillWorker:
         """Start a prefill worker."""
         config = config or self.config
-        region = MemoryRegion(self.layout, num_blocks, seed=instance)
+        memory = (region or self.region)(self.layout, num_blocks, seed=instance)
         worker: PrefillWorker
-        side = SendSide(region, config, lambda transfer_id, reason: worker.on_ended(transfer_id, reason))
-        listener = await self.transport(config=config).listen(Identity(name, instance, self.layout), side.serve)
-        worker = PrefillWorker(region, side, listener)
+        side = SendSide(memory, config, lambda transfer_id, reason: worker.on_ended(transfer_id, reason))
+        identity = Identity(name, instance, self.layout, side.slot_store)
+        listener = await self.transport(config=config).listen(identity, side.serve)
+        worker = PrefillWorker(memory, side, listener)
         self.prefills.append(worker)
         return worker
 
@@ -132,11 +144,12 @@ class Site:
         num_blocks: int = 64,
         layout: KVFingerprint | None = None,
         config: TransferConfig | None = None,
+        region: type[MemoryRegion] | None = None,
     ) -> DecodeWorker:
         """Start a decode worker and wait until it is linked."""
         config = config or self.config
         layout = layout or self.layout
-        worker = DecodeWorker(MemoryRegion(layout, num_blocks))
+        worker = DecodeWorker((region or self.region)(layout, num_blocks))
         identity = Identity(name, random.randrange(1 << 60), layout)
         worker.side = ReceiveSide(
             worker.region,
@@ -151,6 +164,7 @@ class Site:
         self.decodes.append(worker)
         if layout == self.layout:
             await until(lambda: len(worker.side.links) == len(prefills))
+            await until(lambda: all(name in p.side._peers for p in prefills))
         return worker
 
     async def close(self) -> None:

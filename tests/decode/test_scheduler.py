@@ -37,7 +37,7 @@ def _sequence(
 
 def _scheduler(num_blocks: int = 50, max_num_seqs: int = 8, watermark: int = 0) -> tuple[DecodeScheduler, BlockPool]:
     pool = BlockPool(num_blocks)
-    return DecodeScheduler(pool, BLOCK, max_num_seqs, watermark), pool
+    return DecodeScheduler(pool, BLOCK, max_num_seqs, watermark, MAX_LEN), pool
 
 
 def _token(seq: Sequence) -> int:
@@ -48,7 +48,7 @@ def _token(seq: Sequence) -> int:
 def _step(scheduler: DecodeScheduler) -> tuple[StepPlan, list[TokenRow]]:
     plan = scheduler.schedule()
     results = [Sampled(_token(item.sequence) + 1) for item in plan.items]
-    return plan, scheduler.apply(plan, results, MAX_LEN)
+    return plan, scheduler.apply(plan, results)
 
 
 def test_a_sequence_joins_on_commit_and_reports_from_index_one() -> None:
@@ -84,7 +84,7 @@ def test_end_by_token_by_length_and_by_context() -> None:
         scheduler.reserve(_sequence(transfer_id, num_prompt, max_tokens=max_tokens, first=100 * transfer_id))
         scheduler.commit(transfer_id, 9)
     plan = scheduler.schedule()
-    rows = scheduler.apply(plan, [Sampled(5), Sampled(5), Sampled(2)], MAX_LEN)
+    rows = scheduler.apply(plan, [Sampled(5), Sampled(5), Sampled(2)])
     assert [r.finish_reason for r in rows] == [FinishReason.LENGTH, FinishReason.LENGTH, FinishReason.STOP]
     pool.check(num_expected_leased=0)
 

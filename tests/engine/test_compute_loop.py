@@ -14,6 +14,8 @@ from engine.compute_loop import ComputeLoop
 class Recorder:
     """A stepper that counts down work given to it."""
 
+    is_waiting = False
+
     def __init__(self, log: list[str], name: str) -> None:
         self.log, self.name, self.left = log, name, 0
         self.thread: int | None = None
@@ -97,4 +99,24 @@ async def test_stopping_does_not_wait_for_a_thread_that_hangs(monkeypatch: pytes
     async with asyncio.timeout(2):
         await compute.stop()
     released.set()
+    await compute.stop()
+
+
+async def test_a_stepper_that_waits_for_a_device_is_asked_again_without_an_event() -> None:
+    class Waiting(Recorder):
+        num_asked = 0
+
+        def step(self) -> bool:
+            self.num_asked += 1
+            if self.num_asked == 20:
+                self.is_waiting = False
+            return False
+
+    compute, stepper = ComputeLoop(1), Waiting([], "w")
+    stepper.is_waiting = True
+    compute.add(stepper, lambda error: None)
+    compute.start()
+    await _until(lambda: stepper.num_asked == 20)
+    await asyncio.sleep(0.02)
+    assert stepper.num_asked == 20, "with nothing under way it sleeps"
     await compute.stop()

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from engine.philox import philox_4x32, uniform
-from engine.sampler import SampleInput, sample
+from engine.philox import philox_4x32, random_bits
+from engine.sampler import SampleInput, _adjust, sample
 from protocol.request import SamplingParams
 
 VOCAB = 300
@@ -33,11 +33,12 @@ def test_philox_gives_the_published_numbers() -> None:
     assert philox_4x32(0, 0) == (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
 
 
-def test_uniform_numbers_are_uniform_and_depend_on_both_arguments() -> None:
-    values = np.array([uniform(seed, index) for seed in range(50) for index in range(50)])
-    assert len(set(values.tolist())) == len(values)
-    assert 0 <= values.min() and values.max() < 1
-    assert abs(values.mean() - 0.5) < 0.02 and abs(values.var() - 1 / 12) < 0.01
+def test_random_bits_are_uniform_and_depend_on_both_arguments() -> None:
+    values = [random_bits(seed, index) for seed in range(50) for index in range(50)]
+    assert len(set(values)) == len(values)
+    assert 0 <= min(values) and max(values) < 1 << 64
+    points = np.array(values) / 2**64
+    assert abs(points.mean() - 0.5) < 0.02 and abs(points.var() - 1 / 12) < 0.01
 
 
 def test_greedy_takes_the_likeliest() -> None:
@@ -73,10 +74,64 @@ def test_the_same_seed_and_index_draw_the_same_and_another_index_differs() -> No
     assert len(set(picks)) > 3
 
 
+def _excess(draws: list[int], probabilities: np.ndarray[tuple[int], np.dtype[np.float64]]) -> float:
+    """Return by how many standard deviations chi-square lies above what it is of draws that follow."""
+    expected = probabilities * len(draws)
+    found = np.bincount(draws, minlength=len(probabilities))
+    assert found[expected == 0].sum() == 0
+    kept = expected > 0
+    degrees = int(kept.sum()) - 1
+    chi_square = float(((found[kept] - expected[kept]) ** 2 / expected[kept]).sum())
+    return (chi_square - degrees) / math.sqrt(2 * degrees)
+
+
 def test_draws_follow_the_softmax() -> None:
-    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
-    counts = np.bincount(_draws(logits, {}, 2000), minlength=4) / 2000
-    assert np.abs(counts - [0.5, 0.3, 0.15, 0.05]).max() < 0.04
+    logits = torch.randn(1, 40, generator=torch.Generator().manual_seed(3))
+    probabilities = torch.softmax(logits[0].double() / 0.8, -1).numpy()
+    draws = _draws(logits, {"temperature": 0.8}, 4000)
+    assert _excess(draws, probabilities) < 3
+    assert _excess(draws, torch.softmax(logits[0].double(), -1).numpy()) > 5, "the test itself sees a wrong one"
+
+
+def test_draws_by_index_follow_what_is_kept() -> None:
+    logits = torch.randn(1, 60, generator=torch.Generator().manual_seed(4)) * 2
+    params = SamplingParams(seed=9, temperature=1.5, top_k=20, top_p=0.9, min_p=0.01)
+    draws = [sample(logits, [_row(params, output=[0] * n)])[0].token_id for n in range(3000)]
+    probabilities = torch.softmax(logits[0].double() / 1.5, -1).numpy()
+    probabilities[probabilities < 0.01 * probabilities.max()] = 0
+    descending = np.argsort(-probabilities)
+    probabilities[descending[20:]] = 0
+    cumulated = np.cumsum(probabilities[descending]) / probabilities.sum()
+    probabilities[descending[int(np.searchsorted(cumulated, 0.9)) + 1 :]] = 0
+    assert 5 < (probabilities > 0).sum() < 20
+    assert _excess(draws, probabilities / probabilities.sum()) < 3
+
+
+def test_the_draw_walks_in_vocabulary_order() -> None:
+    logits = torch.log(torch.tensor([[0.1, 0.6, 0.05, 0.25]]))
+    cumulated = np.cumsum([0.1, 0.6, 0.05, 0.25])
+    points = [random_bits(seed, 0) / 2**64 for seed in range(200)]
+    assert _draws(logits, {}, 200) == np.searchsorted(cumulated, points, side="right").tolist()
+
+
+def test_ties_at_a_cut_stay_together() -> None:
+    logits = torch.tensor([[1.0, 3.0, 1.0, 2.0, 2.0, 3.0]])
+    assert set(_draws(logits, {"top_k": 1})) == {1, 5}
+    assert set(_draws(logits, {"top_k": 3})) == {1, 3, 4, 5}
+    assert set(_draws(logits, {"top_p": 0.2})) == {1, 5}
+    assert set(_draws(logits, {"top_p": 0.8})) == {1, 3, 4, 5}
+
+
+def test_a_row_without_a_token_to_choose_gives_the_first() -> None:
+    nothing = torch.full((1, 50), -torch.inf)
+    one = nothing.clone()
+    one[0, 33] = -7.0
+    odd = one.clone()
+    odd[0, 20] = torch.nan
+    for params in (SamplingParams(seed=1, temperature=0.0), SamplingParams(seed=1, top_p=0.5), SamplingParams(seed=1)):
+        assert sample(nothing, [_row(params)])[0].token_id == 0
+        assert sample(one, [_row(params)])[0].token_id == 33
+        assert sample(odd, [_row(params)])[0].token_id == 33
 
 
 def test_temperature_sharpens() -> None:
@@ -121,10 +176,8 @@ def test_penalties_match_their_definitions() -> None:
     expected[7] -= 0.5 + 0.25 * 2
     expected[8] -= 0.5 + 0.25
     expected[9] += 2.0
-    from engine.sampler import _adjust
-
-    adjusted = _adjust(logits[0].clone(), SampleInput(params, prompt, output))
-    torch.testing.assert_close(adjusted, expected)
+    adjusted = _adjust(logits[0].clone().numpy(), SampleInput(params, prompt, output))
+    torch.testing.assert_close(torch.from_numpy(adjusted), expected)
     assert sample(logits, [SampleInput(params, prompt, output)])[0].token_id == int(expected.argmax())
 
 

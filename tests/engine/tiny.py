@@ -23,7 +23,9 @@ TINY_LLAMA = {
 }
 
 
-def tiny_model(folder: Path, *, num_kv_blocks: int = 64, block_size: int = 8, dummy_seed: int = 0) -> LoadedModel:
+def tiny_model(
+    folder: Path, *, num_kv_blocks: int = 64, block_size: int = 8, dummy_seed: int = 0, kernels: str = "auto"
+) -> LoadedModel:
     """Load the tiny model on the CPU in float32."""
     path = folder / "config.json"
     path.write_text(json.dumps(TINY_LLAMA))
@@ -33,5 +35,6 @@ def tiny_model(folder: Path, *, num_kv_blocks: int = 64, block_size: int = 8, du
         block_size=block_size,
         num_kv_blocks=num_kv_blocks,
         dummy_seed=dummy_seed,
+        kernels=kernels,
     )
     return load(config, lambda line: None, folder)

@@ -5,20 +5,20 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtransfer import tombstones
 from kvtransfer.config import TransferConfig
-from kvtransfer.pieces import checksum, cut, require_slot_holds_layer
+from kvtransfer.pieces import cut, require_slot_holds_layer
 from kvtransfer.sending import SendSide
 from kvtransfer.slots import Slots
 from kvtransfer.tombstones import Tombstones
 from kvtransfer.transport import Completion
 from protocol.errors import ConfigError, TransferError
 from protocol.handoff import SendRange
+from protocol.kv_layout import HostSlots
 from tests.kvtransfer.memory_region import MemoryRegion, fingerprint
 
 
@@ -66,16 +66,8 @@ def test_a_slot_too_small_for_one_layer_of_a_block_is_a_configuration_error() ->
     require_slot_holds_layer(8192, 8192)
 
 
-def test_checksum_sees_one_bit() -> None:
-    payload = np.zeros(1000, np.uint8)
-    before = checksum(payload)
-    assert checksum(payload[:999]) != before
-    payload[500] = 1
-    assert checksum(payload) != before
-
-
 def test_slots_are_lent_and_resized() -> None:
-    slots = Slots(4096, 2)
+    slots = Slots(HostSlots(), "host", 4096, 2)
     first, second = slots.take(), slots.take()
     assert first is not None and second is not None and slots.take() is None
     slots.resize(3)

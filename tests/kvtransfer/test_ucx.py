@@ -8,6 +8,7 @@ import secrets
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
 
@@ -16,16 +17,19 @@ import numpy as np
 import pytest
 import pytest_asyncio
 
-from kvtransfer import ucx, ucx_driver
+from kvtransfer import self_test, ucx, ucx_driver
 from kvtransfer.config import TransferConfig
+from kvtransfer.self_test import run_self_test
+from kvtransfer.slots import SlotStore
 from kvtransfer.transport import Endpoint, Identity, Listener
-from kvtransfer.ucx import DEFAULTS, TCP_ONLY, UcxEndpoint, UcxTransport
+from kvtransfer.ucx import DEFAULTS, UcxEndpoint, UcxTransport
 from kvtransfer.ucx_driver import TOKEN_BYTES, UcxDriver
+from kvtransfer.ways import CUDA_IPC, TCP_ONLY
 from protocol.channel import dial
 from protocol.errors import AuthenticationFailed, ConfigError, PeerLost, ProtocolError, TransferError
 from protocol.wire import Credit, Grant, PeerHello, PeerMessage, PeerReady, Pulse
 from tests.contract.workers import SECRET, until
-from tests.kvtransfer.memory_region import fingerprint
+from tests.kvtransfer.memory_region import DeviceRegion, fingerprint
 
 pytestmark = pytest.mark.ucx
 ROOT = Path(__file__).resolve().parents[2]
@@ -181,8 +185,8 @@ async def test_a_peer_that_never_opens_its_payload_connection_is_dropped(hall: H
 
 
 async def test_a_damaged_self_test_refuses_the_connection(hall: Hall, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = ucx._test_pattern
-    monkeypatch.setattr(ucx, "_test_pattern", lambda n, tag: honest(n, secrets.randbits(63)))
+    honest = self_test.pattern_of
+    monkeypatch.setattr(self_test, "pattern_of", lambda n, tag: honest(n, secrets.randbits(63)))
     with pytest.raises(PeerLost, match="no payload connection with p0"):
         await hall.dialing.dial(hall.listener.address, US)
     monkeypatch.undo()
@@ -196,17 +200,17 @@ async def test_tcp_takes_over_where_shared_memory_fails_its_test(
 ) -> None:
     if "UCX_TLS" in os.environ:
         pytest.skip("the user chose UCX's transports")
-    honest, tried = UcxTransport._self_test, []
+    tried: list[str] = []
 
-    async def fail_on_shared_memory(self: UcxTransport, endpoint: UcxEndpoint, credit: Awaitable[PeerMessage]) -> None:
-        if self is hall.dialing:
-            tried.append(next(name for name, d in self._drivers.items() if d is endpoint._driver))
+    async def fail_on_shared_memory(endpoint: UcxEndpoint, slots: SlotStore, credit: Awaitable[PeerMessage]) -> None:
+        if endpoint._driver in hall.dialing._drivers.values():
+            tried.append(next(name for name, d in hall.dialing._drivers.items() if d is endpoint._driver))
             if "posix" in tried[-1]:
                 await credit
                 raise TransferError("no ptrace permission")
-        await honest(self, endpoint, credit)
+        await run_self_test(endpoint, slots, credit)
 
-    monkeypatch.setattr(UcxTransport, "_self_test", fail_on_shared_memory)
+    monkeypatch.setattr(ucx, "run_self_test", fail_on_shared_memory)
     dialer = await works(hall)
     assert tried == ["posix,cma,tcp,self", "tcp,self"]
     assert "no ptrace permission" in caplog.text
@@ -288,8 +292,12 @@ def test_settings_of_the_user_stay() -> None:
     code = "import os, kvtransfer.ucx as u; u.load_ucxx(); print(os.environ['UCX_RNDV_THRESH'])"
     assert run_python(code) == DEFAULTS["UCX_RNDV_THRESH"]
     assert run_python(code, UCX_RNDV_THRESH="16384") == "16384"
-    code = "import kvtransfer.ucx as u; t = u.UcxTransport(u.TransferConfig(), b''); print(t._settings('127.0.0.1'))"
-    assert run_python(code, UCX_TLS="tcp,self") == "[{}]"
+    code = (
+        "import kvtransfer.ucx as u; from kvtransfer.transport import _host_slots; "
+        "t = u.UcxTransport(u.TransferConfig(), b''); "
+        "print([(w.staging, w.options) for w in t._ways('127.0.0.1', _host_slots())])"
+    )
+    assert run_python(code, UCX_TLS="tcp,self") == "[('host', {})]"
 
 
 def test_ucxx_is_imported_only_when_its_transport_is_opened() -> None:
@@ -312,8 +320,58 @@ def test_a_missing_ucxx_is_a_clear_configuration_error() -> None:
     assert "needs the ucxx package" in run_python(code)
 
 
-def test_other_hosts_are_reached_over_tcp_only() -> None:
-    transport = UcxTransport(CONFIG, SECRET)
-    if "UCX_TLS" not in os.environ:
-        assert transport._settings("10.0.0.7") == [TCP_ONLY]
-        assert len(transport._settings("localhost")) == 2
+async def test_without_cudas_transports_slots_stay_in_host_memory_and_it_is_said_once(
+    hall: Hall, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Naming them is not enough: the UCX here knows their names and has none of them."""
+    if "UCX_TLS" in os.environ:
+        pytest.skip("the user chose UCX's transports")
+    device = DeviceRegion(fingerprint(device="cuda"), 4)
+    us = Identity("d0", 2, device.fingerprint, SlotStore(device, CONFIG))
+    for _ in range(2):
+        dialer = await hall.dialing.dial(hall.listener.address, us)
+        assert dialer.agreement.kind == "host"
+    told = [record.getMessage() for record in caplog.records if "stay in host memory" in record.getMessage()]
+    assert told == ["KV slots stay in host memory: UCX offers no cuda_copy and no cuda_ipc here (GPU memory over "
+                    f"{CUDA_IPC['TLS']})"]  # fmt: skip
+    insisting = TransferConfig(slot_bytes=65536, num_slots=4, kv_staging="device")
+    us = Identity("d0", 2, device.fingerprint, SlotStore(device, insisting))
+    with pytest.raises(ConfigError, match="UCX offers no cuda_copy"):
+        await hall.dialing.dial(hall.listener.address, us)
+
+
+async def test_device_memory_on_a_connection_that_does_not_take_it_is_an_error_of_the_transfer(hall: Hall) -> None:
+    dialer = await works(hall)
+    (slot,) = DeviceRegion(fingerprint(), 4).new_slots(1, 65536, "cuda")
+    for done in (dialer.send(slot, 1), dialer.post_receive(slot, 2)):
+        await asyncio.wait({done}, timeout=1)
+        assert isinstance(done.exception(), TransferError)
+    assert not dialer.lost.done()
+
+
+async def test_with_device_memory_the_driver_looks_by_itself_while_there_is_work(
+    hall: Hall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ucx_driver, "offered_device_transports", lambda context: frozenset({"cuda_copy"}))
+    monkeypatch.setattr(ucx_driver, "CUDA_LOOK_FOR_S", 0.2)
+    looking, plain = UcxDriver(hall.dialing._api, CUDA_IPC), hall.driver
+    turns: Counter[UcxDriver] = Counter()
+
+    def counting(driver: UcxDriver) -> None:
+        turns[driver] += 1
+        progress(driver)
+
+    progress = UcxDriver._reap
+    monkeypatch.setattr(UcxDriver, "_reap", counting)
+    dialer = await works(hall)
+    raw = await looking.connect("127.0.0.1", plain.listen(), secrets.token_bytes(TOKEN_BYTES))
+    waiting = [looking.receive(raw, np.zeros(10, np.uint8), 5), dialer.post_receive(np.zeros(10, np.uint8), 6)]
+    await asyncio.sleep(0.1)
+    assert turns[looking] > 20 and turns[looking] > 2 * turns[plain]
+    await asyncio.sleep(0.3)
+    before = turns[looking]
+    await asyncio.sleep(0.1)
+    assert turns[looking] - before < 5  # idle, with a receive posted
+    looking.close_endpoint(raw)
+    await asyncio.wait(waiting[:1], timeout=1)
+    await looking.close()

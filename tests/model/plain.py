@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from kernels.reference import Matrix
 from model.batch import ForwardBatch
 from model.config import ModelConfig, RopeScaling
 from model.decoder import Decoder
@@ -206,3 +207,9 @@ def load_torch(files: ModelFiles, dtype: str = "auto") -> TorchDecoder:
     decoder = load_model(files, LoadOptions(dtype=dtype, kernels="torch"))
     assert isinstance(decoder, TorchDecoder)
     return decoder
+
+
+def floats(matrix: Matrix) -> Tensor:
+    """Give a matrix that is not in 8 bits."""
+    assert isinstance(matrix, Tensor)
+    return matrix

@@ -16,7 +16,7 @@ from model.identity import model_hash
 from model.loader import LoadOptions, load_model
 from model.source import ModelFiles, resolve
 from model.torch_decoder import TorchDecoder
-from tests.model.plain import TINY, VARIANTS, all_tensors, hf_config, load_torch
+from tests.model.plain import TINY, VARIANTS, all_tensors, floats, hf_config, load_torch
 
 
 def write_model(folder: Path, config: ModelConfig, tensors: dict[str, Tensor], num_shards: int) -> ModelFiles:
@@ -52,8 +52,8 @@ def test_shards_load_to_the_weights_that_were_written(variant: str, num_shards: 
     assert torch.equal(decoder.weights.embedding, written["model.embed_tokens.weight"])
     layer, prefix = decoder.weights.layers[1], "model.layers.1."
     parts = [written[f"{prefix}self_attn.{name}_proj.weight"] for name in "qkv"]
-    assert torch.equal(layer.qkv, torch.cat(parts))
-    assert torch.equal(layer.gate_up[config.intermediate_size :], written[prefix + "mlp.up_proj.weight"])
+    assert torch.equal(floats(layer.qkv), torch.cat(parts))
+    assert torch.equal(floats(layer.gate_up)[config.intermediate_size :], written[prefix + "mlp.up_proj.weight"])
     assert (decoder.weights.lm_head is decoder.weights.embedding) == config.tie_embeddings
     assert calls[-1][:2] == (len(written), len(written))
     assert [done for done, _, _ in calls] == list(range(1, len(written) + 1))
@@ -65,7 +65,7 @@ def test_shards_load_to_the_weights_that_were_written(variant: str, num_shards: 
 def test_narrow_weights_widen_on_request_and_wide_ones_narrow(tmp_path: Path) -> None:
     files = write_model(tmp_path, TINY, {name: t.bfloat16() for name, t in tiny_tensors().items()}, 1)
     assert load_torch(files).dtype == torch.float32
-    assert load_torch(files, "float16").weights.layers[0].down.dtype == torch.float16
+    assert floats(load_torch(files, "float16").weights.layers[0].down).dtype == torch.float16
     with pytest.raises(ModelError, match=r"dtype 'int4' is not supported \(supported: auto, float32"):
         load_model(files, LoadOptions(dtype="int4"))
 

@@ -40,6 +40,11 @@ def _scheduler(num_blocks: int = 100, chunk_tokens: int = 16) -> tuple[PrefillSc
     return PrefillScheduler(pool, BLOCK, chunk_tokens), pool
 
 
+def _compute(scheduler: PrefillScheduler, items: list[BatchItem]) -> None:
+    scheduler.launched(items)
+    scheduler.landed(items)
+
+
 def _plan(items: list[BatchItem]) -> dict[int, tuple[int, int, bool]]:
     return {i.sequence.transfer_id: (i.start, i.num_tokens, i.wants_logits) for i in items}
 
@@ -49,14 +54,14 @@ def test_a_lone_prompt_takes_whole_chunks_and_samples_from_the_last() -> None:
     scheduler.submit(_job(1, 20))
     first = scheduler.schedule(0.0)
     assert _plan(first) == {1: (0, 16, False)}
-    scheduler.computed(first)
+    _compute(scheduler, first)
     assert _plan(scheduler.schedule(0.0)) == {1: (16, 4, True)}
 
 
 def test_short_prompts_overtake_a_long_one_by_deadline() -> None:
     scheduler, _ = _scheduler()
     scheduler.submit(_job(1, 60, deadline_s=9.0))
-    scheduler.computed(scheduler.schedule(0.0))
+    _compute(scheduler, scheduler.schedule(0.0))
     scheduler.submit(_job(2, 5, deadline_s=1.0, first_token=500))
     assert _plan(scheduler.schedule(0.0)) == {2: (0, 5, True), 1: (16, 11, False)}
 
@@ -74,7 +79,7 @@ def test_a_prompt_sharing_blocks_in_progress_waits_and_then_finds_them_cached() 
     scheduler.submit(_job(2, 21))
     first = scheduler.schedule(0.0)
     assert _plan(first) == {1: (0, 21, True)}
-    scheduler.computed(first)
+    _compute(scheduler, first)
     second = scheduler.schedule(0.0)
     assert _plan(second) == {2: (20, 1, True)}
     job = scheduler.get(2)
@@ -87,7 +92,7 @@ def test_a_fully_cached_prompt_still_computes_its_last_block_for_the_logits() ->
     for transfer_id in (1, 2):
         scheduler.submit(_job(transfer_id, 8, receiver=None))
         items = scheduler.schedule(0.0)
-        scheduler.computed(items)
+        _compute(scheduler, items)
     assert _plan(items) == {2: (4, 4, True)}
 
 
@@ -98,7 +103,7 @@ def test_without_room_a_prompt_waits_and_nobody_overtakes_it() -> None:
     scheduler.submit(_job(3, 4, deadline_s=3.0, first_token=900))
     first = scheduler.schedule(0.0)
     assert set(_plan(first)) == {1}
-    scheduler.computed(first)
+    _compute(scheduler, first)
     assert scheduler.schedule(0.0) == []
     scheduler.transfer_ended(1)
     assert set(_plan(scheduler.schedule(0.0))) == {2, 3}
@@ -108,7 +113,7 @@ def test_without_room_a_prompt_waits_and_nobody_overtakes_it() -> None:
 def test_blocks_stay_until_the_transfer_has_ended_and_are_cached_afterwards() -> None:
     scheduler, pool = _scheduler()
     scheduler.submit(_job(1, 10))
-    scheduler.computed(scheduler.schedule(0.0))
+    _compute(scheduler, scheduler.schedule(0.0))
     assert pool.counts().leased == 3
     scheduler.abort(1)
     assert pool.counts().leased == 3
@@ -120,10 +125,10 @@ def test_blocks_stay_until_the_transfer_has_ended_and_are_cached_afterwards() ->
 def test_a_failed_transfer_lets_the_computation_finish() -> None:
     scheduler, pool = _scheduler(chunk_tokens=8)
     scheduler.submit(_job(1, 12))
-    scheduler.computed(scheduler.schedule(0.0))
+    _compute(scheduler, scheduler.schedule(0.0))
     scheduler.transfer_ended(1)
     assert pool.counts().leased == 3
-    scheduler.computed(scheduler.schedule(0.0))
+    _compute(scheduler, scheduler.schedule(0.0))
     assert pool.counts().leased == 0
 
 
@@ -178,7 +183,7 @@ class Ledger:
             self.covered[item.sequence.transfer_id].extend(range(item.start, item.start + item.num_tokens))
             if item.wants_logits:
                 self.sampled.add(item.sequence.transfer_id)
-        self.scheduler.computed(items)
+        _compute(self.scheduler, items)
         return bool(items)
 
     def end_some_transfer(self) -> None:
@@ -215,3 +220,19 @@ def test_every_token_is_computed_once_and_every_block_comes_back(seed: int) -> N
             assert sorted(ledger.covered[transfer_id]) == list(range(job.sequence.num_prompt_tokens))
     assert ledger.scheduler.num_jobs == 0
     ledger.pool.check(num_expected_leased=0)
+
+
+def test_blocks_of_an_aborted_job_stay_until_the_steps_in_flight_have_landed() -> None:
+    scheduler, pool = _scheduler()
+    scheduler.submit(_job(1, 20, receiver=None))
+    first = scheduler.schedule(0.0)
+    scheduler.launched(first)
+    second = scheduler.schedule(0.0)
+    scheduler.launched(second)
+    scheduler.abort(1)
+    assert pool.counts().leased == 5 and scheduler.schedule(0.0) == []
+    scheduler.landed(first)
+    assert pool.counts().leased == 5, "the second step still writes"
+    scheduler.landed(second)
+    pool.check(num_expected_leased=0)
+    assert scheduler.num_jobs == 0

@@ -57,6 +57,7 @@ MESSAGES = [
     wire.PeerHello(worker_id="d0", instance=2, fingerprint=FINGERPRINT),
     wire.PeerReady(worker_id="p0", instance=1, payload_port=5, payload_token=b"t" * 32),
     wire.PeerRefused(reason="no"),
+    wire.Tested(),
     wire.Credit(tags=(1, (1 << 63) - 1), slot_bytes=4096),
     wire.Grant(transfer_id=1, num_blocks=4, num_cached_blocks=2),
     wire.Piece(

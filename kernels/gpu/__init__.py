@@ -1,0 +1,1 @@
+"""Tensor kernels in Triton, each with the signature of its torch reference in `kernels`."""
