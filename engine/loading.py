@@ -92,6 +92,8 @@ def load(config: EngineConfig, say: Callable[[str], None], cache_dir: Path) -> L
         name = model_hash(files, config.dummy_seed)
     except ModelError as error:
         raise ConfigError(str(error)) from error
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # weights were filled on a stream that nobody computes on
     shape = decoder.config
     backend = f"{device}: {decoder.backend}"
     say(f"loaded {decoder.load_summary}; {decoder.backend}")
