@@ -12,7 +12,7 @@ PYTHON ?= python3
 PACKAGES := protocol kernels model kvtransfer router engine prefill decode baton bench
 SOURCES := $(PACKAGES) tests scripts setup.py
 
-.PHONY: help env env-dev serve test test-golden lint check bench bench-peers bench-kernels clean
+.PHONY: help env env-dev serve test test-golden lint check bench bench-peers bench-kernels bench-gpu clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ bench-peers: env ## measure Baton beside the peers in .peers/ (python -m bench.p
 
 bench-kernels: env ## measure each kernel beside its floor
 	@$(BIN)/python -m bench.kernels $(ARGS)
+
+bench-gpu: env ## measure the GPU path beside its floors in nine minutes, on one GPU; writes gpu-report/
+	@$(BIN)/python -m bench.gpu --out gpu-report $(ARGS)
 
 clean: ## remove the environment and everything built
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -372,7 +372,7 @@ def _transfer() -> tuple[Option, ...]:
     return (
         Option(
             name="transport", group=group, roles=roles, parse=text, fills=((TransferConfig, "transport"),),
-            choices=("ucx",), help="How blocks travel between processes; colocated moves them inside one.",
+            choices=("ucx",), help="How blocks travel between processes; colocated mode moves none.",
         ),
         Option(
             name="transfer-host", group=group, roles=PREFILL | DECODE, parse=text, fills=((TransferConfig, "host"),),

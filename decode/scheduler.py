@@ -12,11 +12,11 @@ client has. Those are replayed: computed one per step like any other, their samp
 
     schedule() ─► step in flight ─► apply()         on a GPU several steps are in flight at once
 
-Over a common pool prompts hold blocks that belong to no running sequence yet. The last running sequence never gives way
-to them: it waits, since each of them ends or joins, and then gives way first. So the oldest one always gets on.
-
 A step may be scheduled before the one ahead of it is applied: the device knows the token, this side its position. What
 leaves while steps with it are in flight keeps its blocks until the last of them is applied, since they write there.
+
+Over a common pool prompts hold blocks that belong to no running sequence yet. The last running sequence never gives way
+to them: it waits, since each of them ends or joins, and then gives way first. So the oldest one always gets on.
 """
 
 from __future__ import annotations

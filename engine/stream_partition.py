@@ -47,7 +47,7 @@ class RoleQueues:
 
 
 @dataclass(frozen=True, slots=True)
-class _Share:
+class Share:
     """A stream in a green context of its own."""
 
     stream: torch.cuda.Stream
@@ -77,7 +77,7 @@ def open_role_queues(device: torch.device, prefill_sms: int) -> RoleQueues:
     return RoleQueues(CudaQueue(device, prefill.stream), CudaQueue(device, decode.stream), detail)
 
 
-def split_streams(device: torch.device, prefill_sms: int) -> tuple[_Share, _Share]:
+def split_streams(device: torch.device, prefill_sms: int) -> tuple[Share, Share]:
     """Divide the multiprocessors in one split: the first share has `prefill_sms`, rounded up as the GPU needs it.
 
     Raises:
@@ -97,7 +97,7 @@ def split_streams(device: torch.device, prefill_sms: int) -> tuple[_Share, _Shar
     return shares
 
 
-def _split(driver: Any, device: torch.device, prefill_sms: int) -> tuple[_Share, _Share]:
+def _split(driver: Any, device: torch.device, prefill_sms: int) -> tuple[Share, Share]:
     index = device.index if device.index is not None else _cuda.current_device()
     cu_device = _call(driver.cuDeviceGet, index)
     everything = _call(driver.cuDeviceGetDevResource, cu_device, driver.CUdevResourceType.CU_DEV_RESOURCE_TYPE_SM)
@@ -110,7 +110,7 @@ def _split(driver: Any, device: torch.device, prefill_sms: int) -> tuple[_Share,
     )
 
 
-def _open_share(driver: Any, device: torch.device, cu_device: Any, resource: Any, priority: int) -> _Share:
+def _open_share(driver: Any, device: torch.device, cu_device: Any, resource: Any, priority: int) -> Share:
     description = _call(driver.cuDevResourceGenerateDesc, [resource], 1)
     flag = int(driver.CUgreenCtxCreate_flags.CU_GREEN_CTX_DEFAULT_STREAM)
     context = _call(driver.cuGreenCtxCreate, description, cu_device, flag)
@@ -118,7 +118,7 @@ def _open_share(driver: Any, device: torch.device, cu_device: Any, resource: Any
     granted = _call(driver.cuGreenCtxGetDevResource, context, driver.CUdevResourceType.CU_DEV_RESOURCE_TYPE_SM)
     non_blocking = int(driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
     stream = _call(driver.cuGreenCtxStreamCreate, context, non_blocking, priority)
-    return _Share(_cuda.ExternalStream(int(stream), device=device), int(granted.sm.smCount))
+    return Share(_cuda.ExternalStream(int(stream), device=device), int(granted.sm.smCount))
 
 
 def _call(function: Any, *args: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The transport inside one process: what `colocated` mode and tests use. Payload is one copy, buffer to buffer; between
+"""The transport inside one process, for workers whose pools are apart. Payload is one copy, buffer to buffer; between
 host and device memory, one through the host.
 
     listen() ─ puts its identity into the transport's table

@@ -1,11 +1,11 @@
-"""`python -m bench.gpu`: everything that issue 4 wants measured on a GPU, within ten minutes and without network.
+"""`python -m bench.gpu`: the GPU path beside its floors, within ten minutes and without network.
 
 1. Choose device, kernels and sections; with --rehearse tiny models on the CPU take the place of the real ones.
 2. Run the sections in order of importance, each within its share of --budget-s.
 3. After every point write gpu.json and gpu.md into --out: a run that is killed keeps what it has, and --resume goes on.
-4. A point that makes the GPU unusable for this process ends it; a new one resumes with the time that is left.
+4. Where a point makes the GPU unusable for this process, a new one takes its place and resumes.
 
-Exit codes: 0 something was measured, 1 nothing was, 2 there is no GPU.
+Exit codes: 0 something was measured, 1 nothing was, 2 there is no GPU or no such kernels.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -70,7 +71,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         # What hangs on a GPU hangs for good: end before whoever lent it does, with what is written already.
         faulthandler.dump_traceback_later(args.budget_s + OVERRUN_S, exit=True)
-    table, kernels = _kernels(args.kernels, device)
+    try:
+        table, kernels = _kernels(args.kernels, device)
+    except ImportError as error:
+        print(f"bench.gpu: --kernels {args.kernels}: {error}", file=sys.stderr)
+        return 2
     models = {name: model.tiny() if args.rehearse else model for name, model in MODELS.items()}
     stage = Stage(device, models, REHEARSAL if args.rehearse else Scale(), table, _say)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -81,9 +86,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runner.run(wanted, args.budget_s)
     except DeviceLost as error:
         left_s = args.budget_s - (time.monotonic() - begin_s)
-        print(f"the device is lost to this process ({error}): going on in a new one", file=sys.stderr)
-        command = [sys.executable, "-m", "bench.gpu", *arguments, "--resume", f"--budget-s={max(left_s, 0.0):.0f}"]
-        return subprocess.run(command, cwd=Path.cwd(), check=False).returncode
+        _say(f"the device is lost to this process ({error}): a new one takes its place")
+        left = ("--resume", f"--budget-s={max(left_s, 0.0):.0f}")
+        # Not a child: only with the process does its memory on the GPU go.
+        os.execv(sys.executable, [sys.executable, "-m", "bench.gpu", *arguments, *left])
     stage.drop_rig()
     faulthandler.cancel_dump_traceback_later()
     print((args.out / MARKDOWN).read_text(encoding="utf-8"))
@@ -194,11 +200,13 @@ def _kernels(name: str, device: torch.device) -> tuple[KernelTable, str]:
     if name == "torch" or (name == "auto" and device.type == "cpu"):
         return REFERENCE, REFERENCE.name
     try:
-        from kernels.gpu.table import triton_table
+        from kernels.gpu.table import is_interpreted, triton_table
     except ImportError as error:
         if name == "triton":
             raise
         return REFERENCE, f"{REFERENCE.name}: Triton's cannot be imported ({error})"
+    if device.type == "cpu" and not is_interpreted():
+        raise ImportError("on a CPU Triton's kernels run in its interpreter only (TRITON_INTERPRET=1)")
     table = triton_table()
     return table, table.name
 

@@ -30,7 +30,7 @@ _EXPECTED_RATIO, _EXPECTED_BYTES_PER_S = 1.5, 4e12
 
 
 def section(stage: Stage, name: str, share_s: float) -> Section:
-    """Give a model's points: those of the issue's table first, then the others."""
+    """Give a model's points: the stated targets' first, then the others."""
     first = Point("recording", {}, 25.0 * stage.scale.need_factor, lambda: _recording(stage.rig(name)))
     return Section("decode", name, share_s, (first, *(_point(stage, name, target) for target in TARGETS[name])))
 

@@ -102,6 +102,11 @@ class Prompts:
             return True
         return worked
 
+    def finish(self) -> None:
+        """Wait for what is in flight."""
+        while self._flights:
+            self._flights.popleft().results()
+
 
 @dataclass(frozen=True, slots=True)
 class Window:
@@ -137,6 +142,8 @@ def play(decoding: Decoding, prompts: Prompts | None, num_steps: int, max_steps:
             time.sleep(DEVICE_LOOK_S)
     duration_s = time.perf_counter() - begin_s
     decoding.finish()
+    if prompts is not None:
+        prompts.finish()
     at_s = decoding.at_s[num_before - 1 :]
     gaps_s = [b - a for a, b in zip(at_s, at_s[1:], strict=False)]
     return Window(gaps_s, [] if prompts is None else prompts.ttft_s, duration_s)

@@ -31,7 +31,7 @@ def section(stage: Stage, name: str, share_s: float) -> Section:
     return Section("profile", name, share_s, tuple(points))
 
 
-def kernel_table(averages: Any, *, is_gpu: bool) -> list[dict[str, float | int | str]]:
+def kernel_table(averages: Any, num_steps: int, *, is_gpu: bool) -> list[dict[str, float | int | str]]:
     """Return the kernels that take most time, as the profiler's averages have them.
 
     `share` is of the sum over all kernels, so the gaps between them are in no row.
@@ -43,8 +43,8 @@ def kernel_table(averages: Any, *, is_gpu: bool) -> list[dict[str, float | int |
     return [
         {
             "kernel": str(entry.key)[:_SHOWN_NAME_CHARS],
-            "calls_per_step": entry.count / _NUM_STEPS,
-            "us_per_step": us / _NUM_STEPS,
+            "calls_per_step": entry.count / num_steps,
+            "us_per_step": us / num_steps,
             "share": us / total_us,
         }
         for us, entry in timed[:NUM_ROWS]
@@ -54,19 +54,19 @@ def kernel_table(averages: Any, *, is_gpu: bool) -> list[dict[str, float | int |
 
 def _measure(stage: Stage, name: str, batch: int) -> Figures:
     rig, is_gpu = stage.rig(name), stage.device.type == "cuda"
-    compute = rig.step
+    compute, num_steps = rig.step, min(_NUM_STEPS, stage.scale.num_eager_steps)
     sequences = rig.sequences(batch, stage.scale.tokens(1024), 4 * _NUM_STEPS)
     rig.new_runner(compute).launch(decode_items(sequences)).results()
     activity = ProfilerActivity.CUDA if is_gpu else ProfilerActivity.CPU
     with rig.queue.active():
-        for _ in range(_NUM_STEPS):
+        for _ in range(num_steps):
             compute(batch, False)
         rig.queue.mark().wait()
         with profile(activities=[activity]) as profiler:
-            for _ in range(_NUM_STEPS):
+            for _ in range(num_steps):
                 compute(batch, False)
             if is_gpu:
                 torch.cuda.synchronize()
-    rows = kernel_table(profiler.key_averages(), is_gpu=is_gpu)
+    rows = kernel_table(profiler.key_averages(), num_steps, is_gpu=is_gpu)
     busy_ms = sum(float(row["us_per_step"]) for row in rows) * 1e-3
-    return {"top_ms_per_step": busy_ms, "num_steps": _NUM_STEPS, "kernels": rows}
+    return {"top_ms_per_step": busy_ms, "num_steps": num_steps, "kernels": rows}

@@ -119,6 +119,12 @@ _DECODE_HEAD: Final = (
     *("batch, context", "floor ms", "device ms", "client ms", "device / floor", "client / floor", "gate", "stretch"),
     *("client / device", "p99 / median", "eager ms"),
 )
+_HOW_DECODE_IS_MEASURED: Final = (
+    "Rows in bold are the targets that Baton states. Floor: weights without the embedding's rows, the projection to "
+    "the vocabulary and all keys and values, over the copy's bandwidth. Contexts are as long as stated on average over "
+    "the steps counted. Client: where the tokens of a step reach the decode worker's event loop; the message to the "
+    "router, detokenising and HTTP are left out here and measured at one point below."
+)
 
 
 def markdown(outcomes: Sequence[Outcome], about: Mapping[str, Any]) -> str:
@@ -141,7 +147,7 @@ def markdown(outcomes: Sequence[Outcome], about: Mapping[str, Any]) -> str:
 
 def _decode_table(outcomes: Sequence[Outcome], model: str) -> list[str]:
     rows = [_decode_row(outcomes, model, target) for target in TARGETS[model]]
-    lines = [*_table(_DECODE_HEAD, rows), "", "Rows in bold are those of the issue's own table."]
+    lines = [*_table(_DECODE_HEAD, rows), "", _HOW_DECODE_IS_MEASURED]
     if any(o.section == "decode" and o.model == model and o.figures.get("has_graph") is False for o in outcomes):
         lines += ["", "**Without CUDA graphs: the steps of this table were launched kernel by kernel.**"]
     return lines

@@ -21,6 +21,7 @@ from torch import Tensor
 from bench.gpu.ceilings import Ceilings, ProbeSizes, measure_ceilings
 from bench.gpu.points import Skip
 from bench.gpu.shapes import BenchModel, shape_of
+from bench.gpu.timing import wait_for_all
 from bench.gpu.weights import make_weights
 from engine.batch import BatchItem
 from engine.decode_runner import Compute, LaneDecodeRunner, LaneStep
@@ -52,7 +53,7 @@ class Scale:
         token_divisor: lengths are divided by this in a rehearsal.
         num_steps: decode steps of one window.
         num_warm_steps: before them, not counted.
-        num_windows: of streams, at each point of the issue's own table; one at the others.
+        num_windows: of streams, at each point that has a stated target; one at the others.
         num_eager_steps: of the comparison without graphs.
         num_rounds: of a kernel's timing.
         num_prompts: that arrive while streams run.
@@ -175,6 +176,7 @@ class Rig:
         )
         self.queue = open_queue(device)
         self.kv_cache = self.new_kv_cache(self.num_blocks)
+        wait_for_all(device)
         with self.queue.active():
             self.kv_cache.tensor.normal_()
         self.sizes = lane_sizes(self.loaded, MAX_BATCH)

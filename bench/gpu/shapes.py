@@ -1,4 +1,4 @@
-"""The two models that are measured, the least work of their steps, and the targets that issue 4 sets.
+"""The two models that are measured, the least work of their steps, and Baton's targets.
 
 A step's floor is the bytes it must read (weights without the rows of the embedding, the projection to the vocabulary,
 keys and values of every sequence) over the bandwidth of a copy on the same GPU. Norms and rows of activations are not
@@ -157,10 +157,10 @@ def handoff_bytes(shape: Shape, num_tokens: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What issue 4 asks of the median ITL at the client, as a multiple of the floor.
+    """The target of the median ITL at the client, as a multiple of the floor.
 
     Attributes:
-        is_published: the row stands in the issue's own table; the others are from the notes it refers to.
+        is_published: the row is one of the stated targets; the others were derived beside them.
     """
 
     batch: int

@@ -95,13 +95,20 @@ async def client_gaps_s(
             sequence = rig.sequence(num_prompt_tokens, max_tokens)
             ids.append(sequence.transfer_id)
             loop.post(stepper, ReserveBlocks(sequence, "bench"))
-        await asyncio.wait_for(consumer.all_granted, BUDGET_S)
+        await _within_budget(consumer.all_granted, "granted")
         for transfer_id in ids:
             loop.post(stepper, JoinBatch(transfer_id, 3))
-        await asyncio.wait_for(consumer.done, BUDGET_S)
+        await _within_budget(consumer.done, "done")
     finally:
         await loop.stop()
     return consumer.gaps_s(num_warm_steps)[:num_steps]
+
+
+async def _within_budget(waiting: asyncio.Future[None], what: str) -> None:
+    try:
+        await asyncio.wait_for(waiting, BUDGET_S)
+    except TimeoutError as error:
+        raise TimeoutError(f"the streams were not {what} within {BUDGET_S:.0f} s") from error
 
 
 def shuffled_pool(num_blocks: int) -> BlockPool:

@@ -76,6 +76,7 @@ def round_s(calls: Sequence[Call], queue: DeviceQueue, num_rounds: int, *, in_gr
         in_graph: record a round as one CUDA graph and replay it, so that no launch is waited for. Without effect on a
             CPU.
     """
+    wait_for_all(queue.device)
     with queue.active(), torch.inference_mode():
         for _ in range(_NUM_PLAIN_RUNS):
             _call_all(calls)
@@ -94,6 +95,12 @@ def round_s(calls: Sequence[Call], queue: DeviceQueue, num_rounds: int, *, in_gr
 def median_s(calls: Sequence[Call], queue: DeviceQueue, num_rounds: int, *, in_graph: bool) -> float:
     """Return the median over rounds; see `round_s`."""
     return median(round_s(calls, queue, num_rounds, in_graph=in_graph))
+
+
+def wait_for_all(device: torch.device) -> None:
+    """Wait for every stream of the device: what was made on one of them may now be used on another."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def percentile(values: Sequence[float], share: float) -> float:

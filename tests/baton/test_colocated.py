@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from baton import config
 from baton.colocated import ColocatedConfig, ColocatedWorkers
 from decode.config import DecodeConfig
 from engine.compute_loop import ComputeLoop
@@ -35,13 +36,16 @@ from protocol.wire import (
     Role,
     Tokens,
     TransferFailed,
+    Welcome,
 )
+from tests.baton.test_config import settings
 from tests.decode.pair import Pair, prompt_of
 from tests.engine.scripted_router import SECRET, ScriptedRouter
 from tests.engine.tiny import tiny_model
 
 NUM_BLOCKS = 128
 MAX_TOKENS = 12
+LEASE_S = 2.0
 
 
 @pytest.fixture(scope="module")
@@ -124,12 +128,17 @@ def _config(folder: Path, routers: list[ScriptedRouter], **prefill: Any) -> Colo
 
 
 @asynccontextmanager
-async def _process(model: LoadedModel, folder: Path, num_routers: int = 1) -> AsyncIterator[Process]:
-    routers = [ScriptedRouter() for _ in range(num_routers)]
+async def colocated_process(
+    model: LoadedModel, folder: Path, num_routers: int = 1, **prefill: Any
+) -> AsyncIterator[Process]:
+    """Run both workers, linked, until the test is done with them."""
+    # These routers never send a pulse: what they place is reclaimed after a lease, which no other test may outlast.
+    welcome = Welcome(router_id="r0", heartbeat_s=0.05, lease_ttl_s=LEASE_S)
+    routers = [ScriptedRouter(welcome=welcome) for _ in range(num_routers)]
     for router in routers:
         await router.start()
     compute = ComputeLoop(1)
-    workers = ColocatedWorkers(_config(folder, routers), model, compute)
+    workers = ColocatedWorkers(_config(folder, routers, **prefill), model, compute)
     compute.start()
     running = asyncio.create_task(workers.run())
     try:
@@ -173,7 +182,7 @@ async def test_streams_of_two_routers_are_those_of_separate_workers_and_nothing_
     model: LoadedModel, tmp_path: Path
 ) -> None:
     prompts = {i: prompt_of(i, length) for i, length in enumerate([1, 8, 9, 100, 33, 40], start=1)}
-    async with _process(model, tmp_path, num_routers=2) as process:
+    async with colocated_process(model, tmp_path, num_routers=2) as process:
         for transfer_id, prompt in prompts.items():
             process.place(transfer_id, prompt, router=transfer_id % 2)
         answers = {i: await process.rows(i, router=i % 2) for i in prompts}
@@ -193,7 +202,7 @@ async def test_streams_of_two_routers_are_those_of_separate_workers_and_nothing_
 async def test_one_token_and_a_first_token_that_ends_the_request_leave_nothing(
     model: LoadedModel, tmp_path: Path
 ) -> None:
-    async with _process(model, tmp_path) as process:
+    async with colocated_process(model, tmp_path) as process:
         process.place(1, prompt_of(1, 40), max_tokens=1)
         (row,) = await process.rows(1)
         assert row.finish_reason is FinishReason.LENGTH
@@ -208,7 +217,7 @@ async def test_one_token_and_a_first_token_that_ends_the_request_leave_nothing(
 
 async def test_abort_at_any_moment_leaves_nothing(model: LoadedModel, tmp_path: Path) -> None:
     rng = np.random.default_rng(7)
-    async with _process(model, tmp_path) as process:
+    async with colocated_process(model, tmp_path) as process:
         for transfer_id in range(1, 50):
             process.place(transfer_id, prompt_of(transfer_id % 5, int(rng.integers(1, 120))))
             await asyncio.sleep(float(rng.random()) * 0.02)
@@ -222,8 +231,8 @@ async def test_abort_at_any_moment_leaves_nothing(model: LoadedModel, tmp_path: 
 async def test_half_a_placement_is_reclaimed_when_its_lease_runs_out_and_disturbs_nobody(
     model: LoadedModel, tmp_path: Path
 ) -> None:
-    """The scripted routers never send a pulse. A slot waits for its prompt and a prompt for its slot, no longer."""
-    async with _process(model, tmp_path, num_routers=2) as process:
+    """A slot waits for its prompt, and a prompt for its slot, as long as the router that placed them lives."""
+    async with colocated_process(model, tmp_path, num_routers=2) as process:
         process.place(1, prompt_of(1, 60), halves=(Reserve,))
         process.place(2, prompt_of(2, 60), halves=(Prefill,))
         process.place(3, prompt_of(3, 60), router=1)
@@ -233,12 +242,14 @@ async def test_half_a_placement_is_reclaimed_when_its_lease_runs_out_and_disturb
         assert not prefill.has_work(), "a prompt without a slot is nothing that must make progress"
         assert decode.stats().blocks_leased == 0
         await process.quiet()
-        assert (prefill.stats().num_waiting, decode.stats().num_waiting) == (0, 0)
+        async with asyncio.timeout(5):
+            while prefill.stats().num_waiting or decode.stats().num_waiting:
+                await asyncio.sleep(0.01)
         assert prefill.stats().num_computed_tokens == 60
 
 
 async def test_a_full_batch_is_declined_and_its_prompt_is_never_computed(model: LoadedModel, tmp_path: Path) -> None:
-    async with _process(model, tmp_path) as process:
+    async with colocated_process(model, tmp_path) as process:
         for transfer_id in range(1, 10):
             process.place(transfer_id, prompt_of(transfer_id, 10), max_tokens=100, ignore_eos=True)
         declined = await process.routers[0].until(lambda m: isinstance(m, Declined))
@@ -251,7 +262,7 @@ async def test_a_full_batch_is_declined_and_its_prompt_is_never_computed(model: 
 
 
 async def test_only_the_prefill_worker_beside_it_is_linked(model: LoadedModel, tmp_path: Path) -> None:
-    async with _process(model, tmp_path) as process:
+    async with colocated_process(model, tmp_path) as process:
         links = [m for m in process.routers[0].received if isinstance(m, Links)]
         own = process.workers.prefill.service.registration
         assert links[-1].peers == ((own.worker_id, own.instance),)
@@ -263,3 +274,24 @@ async def test_only_the_prefill_worker_beside_it_is_linked(model: LoadedModel, t
 async def test_multiprocessors_of_a_cpu_cannot_be_divided(model: LoadedModel, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="prefill-sms: 64 multiprocessors of a GPU, but the model is on the cpu"):
         ColocatedWorkers(_config(tmp_path, [], num_sms=64), model, ComputeLoop(1))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prefill_sms": "64"}, "prefill-sms: divides a GPU between the roles of one process"),
+        ({"prefill_sms": "64", "mode": "colocated", "device": "cpu"}, "prefill-sms: divides the multiprocessors"),
+        ({"prefill_sms": "-8", "mode": "colocated", "device": "cuda"}, "num_sms must not be negative"),
+    ],
+)
+def test_serve_refuses_to_divide_what_is_not_there(arguments: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config.serve_config(settings(also=arguments))
+
+
+def test_the_share_of_prefill_reaches_the_worker(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("s" * 32)
+    given = settings("colocated", prefill_sms="64", secret_file=str(tmp_path / "secret"))
+    model = config.ResolvedModel("/m", "/m", "m")
+    prefill, decode = config.colocated_configs(given, model)
+    assert ColocatedConfig(prefill, decode).prefill.num_sms == 64

@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import random
-from typing import cast
 
 import pytest
 
-from decode.promises import Promises
-from decode.scheduler import DecodeScheduler
-from decode.stepper import Abandoned, DecodeEvent, ReserveBlocks
-from engine.block_pool import BlockPool
+from decode.stepper import Abandoned, DecodeEvent
 from engine.loading import LoadedModel
-from engine.local_handoff import PromptTaker
-from engine.placement import sequence_of
-from prefill.scheduler import PrefillJob, PrefillScheduler
 from prefill.stepper import AbortJob
-from protocol.errors import OutOfBlocks
 from protocol.request import FinishReason, SamplingParams
-from protocol.wire import Reserve
 from tests.decode.one_pool import OnePoolPair, OpenRunners, host_runners, late_runners
 from tests.decode.pair import Pair, params, prompt_of
 from tests.engine.tiny import tiny_model
@@ -296,112 +287,3 @@ def test_blocks_of_an_aborted_prompt_stay_leased_while_a_step_writes_them(device
     pair.abort(1)
     assert pair.pool.counts().leased == leased == 8
     pair.run()
-
-
-# --- room ---
-
-
-def _sequence(model: LoadedModel, transfer_id: int, prompt: list[int], emitted: int = 0) -> ReserveBlocks:
-    reserve = Reserve(
-        request_id=transfer_id, transfer_id=transfer_id, epoch=1, prefill_worker_id="p", prompt=tuple(prompt),
-        emitted=tuple(prompt_of(99, emitted)), sampling=params(0),
-    )  # fmt: skip
-    return ReserveBlocks(sequence_of(reserve, model), "p")
-
-
-def _scheduler(num_blocks: int, watermark_blocks: int = 0) -> tuple[DecodeScheduler, BlockPool]:
-    pool = BlockPool(num_blocks)
-    return DecodeScheduler(pool, BLOCK, 8, watermark_blocks, 512, has_own_pool=False), pool
-
-
-def test_two_sequences_are_not_let_in_on_the_same_free_blocks(model: LoadedModel) -> None:
-    scheduler, pool = _scheduler(10)
-    scheduler.expect(_sequence(model, 1, prompt_of(1, 40)).sequence)  # 6 with the first token
-    with pytest.raises(OutOfBlocks, match="12 blocks wanted and 0 kept back, 10 available"):
-        scheduler.expect(_sequence(model, 2, prompt_of(2, 40)).sequence)
-    assert pool.counts().leased == 0 and not scheduler.awaits(2)
-    blocks = pool.allocate(5)
-    scheduler.begun(1)
-    assert scheduler.take(1, blocks, 7)
-    pool.release(blocks)
-    assert pool.counts().leased == 5
-    scheduler.drop(1)
-    scheduler.expect(_sequence(model, 2, prompt_of(2, 40)).sequence)
-    scheduler.drop(2)
-    pool.check(num_expected_leased=0)
-
-
-def test_candidates_for_one_job_are_promised_their_common_prompt_once(model: LoadedModel) -> None:
-    scheduler, _ = _scheduler(14)
-    shared = prompt_of(3, 64)
-    for number in range(6):
-        scheduler.expect(_sequence(model, number, [*shared, number + 3]).sequence)
-    with pytest.raises(OutOfBlocks, match="15 blocks wanted"):
-        scheduler.expect(_sequence(model, 6, [*shared, 9]).sequence)
-
-
-def test_what_running_streams_hold_is_not_wanted_again(model: LoadedModel) -> None:
-    scheduler, pool = _scheduler(10)
-    shared = prompt_of(3, 48)
-    scheduler.expect(_sequence(model, 1, [*shared, 5]).sequence)
-    blocks = pool.allocate(7)
-    scheduler.begun(1)
-    assert scheduler.take(1, blocks, 9)
-    pool.release(blocks)
-    scheduler.expect(_sequence(model, 2, [*shared, 6, 7]).sequence)
-    with pytest.raises(OutOfBlocks):
-        scheduler.expect(_sequence(model, 3, prompt_of(4, 50)).sequence)
-
-
-def test_emitted_tokens_and_the_watermark_count_as_room(model: LoadedModel) -> None:
-    scheduler, _ = _scheduler(10, watermark_blocks=3)
-    assert scheduler.num_kept_back == 0
-    with pytest.raises(OutOfBlocks, match="11 blocks wanted and 0 kept back"):
-        scheduler.expect(_sequence(model, 1, prompt_of(1, 40), emitted=48).sequence)
-    scheduler.expect(_sequence(model, 2, prompt_of(1, 40), emitted=8).sequence)
-    with pytest.raises(OutOfBlocks, match="8 blocks wanted and 3 kept back"):
-        scheduler.expect(_sequence(model, 3, prompt_of(2, 10)).sequence)
-
-
-def test_a_taken_prompt_whose_slot_is_gone_is_left_to_its_owner(model: LoadedModel) -> None:
-    scheduler, pool = _scheduler(10)
-    blocks = pool.allocate(3)
-    assert not scheduler.take(1, blocks, 5)
-    scheduler.expect(_sequence(model, 1, prompt_of(1, 20)).sequence)
-    scheduler.drop(1)
-    scheduler.begun(1)
-    assert not scheduler.take(1, blocks, 5)
-    pool.release(blocks)
-    pool.check(num_expected_leased=0)
-
-
-def test_a_prompt_that_begins_leaves_running_streams_room_to_grow_and_takes_all_when_none_runs(
-    model: LoadedModel,
-) -> None:
-    decode, pool = _scheduler(12, watermark_blocks=3)
-    prefill = PrefillScheduler(pool, BLOCK, 64, cast(PromptTaker, decode))
-    decode.expect(_sequence(model, 1, prompt_of(1, 8)).sequence)
-    decode.expect(_sequence(model, 2, prompt_of(2, 40)).sequence)
-    blocks = pool.allocate(1)
-    decode.take(1, blocks, 5)
-    pool.release(blocks)
-    assert decode.num_kept_back == 3
-    grown = pool.allocate(4)  # as if the first stream had grown meanwhile: 7 are left
-    prefill.submit(PrefillJob(_sequence(model, 2, prompt_of(2, 40)).sequence, "d", 0.0, 1.0))
-    assert prefill.schedule(0.0) == [] and prefill.queued_tokens == 40
-    decode.drop(1)
-    (item,) = prefill.schedule(0.0)
-    assert item.sequence.transfer_id == 2 and pool.num_available == 12 - 4 - 5
-    pool.release(grown)
-
-
-def test_promises_add_up_and_end_once() -> None:
-    promises = Promises()
-    promises.add(1, [b"a", b"b"], 2)
-    promises.add(2, [b"a", b"c"], 1)
-    assert promises.num_blocks == 3 + 3 and promises.num_new([b"a", b"d"]) == 1
-    promises.remove(1)
-    promises.remove(1)
-    assert promises.num_blocks == 2 + 1
-    promises.remove(2)
-    assert promises.num_blocks == 0 and promises.num_new([b"a"]) == 1

@@ -120,3 +120,30 @@ async def test_a_stepper_that_waits_for_a_device_is_asked_again_without_an_event
     await asyncio.sleep(0.02)
     assert stepper.num_asked == 20, "with nothing under way it sleeps"
     await compute.stop()
+
+
+async def test_a_long_step_gives_turns_to_those_before_it_and_to_no_event() -> None:
+    log: list[str] = []
+    compute = ComputeLoop(1)
+
+    class Long(Recorder):
+        def step(self) -> bool:
+            if self.left == 0:
+                return False
+            self.left -= 1
+            for part in range(3):
+                self.log.append(f"{self.name}{part}")
+                compute.post(first, 10)
+                compute.give_turns(self)
+            return True
+
+    first, second, third = Recorder(log, "a"), Long(log, "b"), Recorder(log, "c")
+    for stepper in (first, second, third):
+        compute.add(stepper, lambda error: None)
+    for stepper, amount in ((first, 3), (second, 1), (third, 1)):
+        compute.post(stepper, amount)
+    compute.start()
+    await _until(lambda: len(log) == 3 + 3 + 1 + 30)
+    assert log[:7] == ["a", "b0", "a", "b1", "a", "b2", "c"]
+    assert compute.progress == 3 + 3 + 3 + 1 + 1 + 30, "events, and steps wherever they were done"
+    await compute.stop()
