@@ -5,7 +5,8 @@
     3. `open` names the blocks reserved for a transfer and says GRANT.
     4. A piece is there once its PIECE header and its payload are, in either order, joined by the tag. One piece per
        turn of the loop: check the sum, ask `Receiving`, scatter into the blocks. The slot is posted again, new tag.
-    5. COMMIT and every cell: LANDED is said, `on_complete`. Damage, a lost peer or its word: `on_failed`.
+       A damaged piece is asked for once more (RESEND).
+    5. COMMIT and every cell: LANDED is said, `on_complete`. Damage again, a lost peer or its word: `on_failed`.
     6. `abort` ends a transfer at once. It leaves a tombstone: late payload is received into its slot and dropped.
 
 Only this side knows its block ids and only step 4 writes them, synchronously on the event loop: a transfer that left
@@ -31,7 +32,7 @@ from kvtransfer.transport import Buffer, Completion, Endpoint, Identity, Transpo
 from protocol.errors import ChecksumMismatch, PeerLost, ProtocolError, TransferError, TransferStalled
 from protocol.handoff import Receiving, SendRange
 from protocol.kv_layout import KVRegion
-from protocol.wire import Commit, Credit, Grant, Landed, PeerAbort, PeerAddress, PeerMessage, Piece
+from protocol.wire import Commit, Credit, Grant, Landed, PeerAbort, PeerAddress, PeerMessage, Piece, Resend
 
 log = logging.getLogger(__name__)
 
@@ -327,8 +328,9 @@ class ReceiveSide:
         try:
             self._scatter(link, piece, slot[: piece.num_bytes], block_ids)
         except TransferError as error:
-            self._stats.num_corrupt_pieces += isinstance(error, ChecksumMismatch)
             log.error("%s (from %s)", error, link.endpoint.peer_id)
+            if isinstance(error, ChecksumMismatch) and self._ask_again(transfer, link, piece):
+                return
             self._break(transfer, f"{type(error).__name__}: {error}")
             return
         self._stats.num_bytes += piece.num_bytes
@@ -336,6 +338,24 @@ class ReceiveSide:
         transfer.moved_s = _now()
         if transfer.machine.landed(cells):
             self._complete(transfer)
+
+    def _ask_again(self, transfer: _Incoming, link: _Link, piece: Piece) -> bool:
+        """Count a damaged piece; ask for it once more, or return False if that was the second time."""
+        self._stats.num_corrupt_pieces += 1
+        cells = SendRange(piece.first_block, piece.num_blocks, piece.first_layer, piece.num_layers)
+        if not transfer.machine.damaged(cells):
+            return False
+        transfer.moved_s = _now()
+        link.endpoint.post(
+            Resend(
+                transfer_id=piece.transfer_id,
+                first_block=piece.first_block,
+                num_blocks=piece.num_blocks,
+                first_layer=piece.first_layer,
+                num_layers=piece.num_layers,
+            )
+        )
+        return True
 
     def _scatter(self, link: _Link, piece: Piece, payload: Buffer, block_ids: tuple[int, ...]) -> None:
         if self._region.checksum(payload, link.endpoint.agreement.checksum) != piece.checksum:

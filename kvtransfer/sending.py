@@ -6,6 +6,7 @@
     4. One task sends, round robin over the transfers: gather into a slot, checksum, PIECE header, payload. A piece
        needs a credit of the receiver and a free slot here; lacking either is backpressure.
     5. `commit` ends the prompt; COMMIT is said once the last piece is posted.
+    RESEND at any time: a piece arrived damaged and is gathered and sent once more.
     6. LANDED, a PEER-ABORT, a lost peer, a spent budget or `abort` ends it: `on_ended`, once.
 
 Gathering is synchronous on the event loop, so a transfer that left the table reads its blocks no more: they may be
@@ -30,7 +31,7 @@ from kvtransfer.transport import Buffer, Completion, Endpoint
 from protocol.errors import PeerLost, ProtocolError, TransferError
 from protocol.handoff import Sending, SendInstruction, SendRange
 from protocol.kv_layout import KVRegion
-from protocol.wire import Commit, Credit, Grant, Landed, PeerAbort, PeerMessage, Piece
+from protocol.wire import Commit, Credit, Grant, Landed, PeerAbort, PeerMessage, Piece, Resend
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +86,7 @@ class SendSide:
 
     def __init__(self, region: KVRegion, config: TransferConfig, on_ended: Callable[[int, str | None], None]) -> None:
         self._layer_bytes = region.fingerprint.layer_bytes
+        self._num_layers = region.fingerprint.num_layers
         require_slot_holds_layer(config.slot_bytes, self._layer_bytes)
         self._region = region
         self._config = config
@@ -220,6 +222,8 @@ class SendSide:
                 self._take_grant(peer, message)
             case Landed():
                 self._take_landed(peer, message.transfer_id)
+            case Resend():
+                self._take_resend(peer, message)
             case PeerAbort():
                 self._take_abort(peer, message)
             case _:
@@ -258,6 +262,16 @@ class SendSide:
             raise ProtocolError("LANDED before COMMIT")
         transfer.machine.landed()
         self._end(transfer, None)
+
+    def _take_resend(self, peer: _Peer, message: Resend) -> None:
+        transfer = self._own(peer, message.transfer_id)
+        if transfer is None:
+            return
+        cells = SendRange(message.first_block, message.num_blocks, message.first_layer, message.num_layers)
+        if cells.first_layer + cells.num_layers > self._num_layers:
+            raise ProtocolError(f"RESEND of {cells}, a model of {self._num_layers} layers")
+        log.warning("decode worker %s: %s arrived damaged and is sent again", peer.endpoint.peer_id, cells)
+        self._obey(transfer, list(transfer.machine.resend(cells)))
 
     def _take_abort(self, peer: _Peer, message: PeerAbort) -> None:
         self._early.pop(message.transfer_id, None)

@@ -11,6 +11,8 @@ Decode side (`Receiving`):
     RECEIVING ──commit() and every cell landed──► COMPLETE
         └──────────────── abort() ──────────────► ABORTED      (late pieces and commits are refused)
 
+A piece that arrives damaged is asked for again, by either side's count each cell once; a second time ends the transfer.
+
 A *cell* is one layer of one KV block. Blocks are counted by their position in the prompt, never by block id: neither
 side learns the other's ids, and the receiver alone decides where a piece is written. Blocks below `num_cached_blocks`
 are held by the receiver already and never sent.
@@ -66,6 +68,7 @@ class Sending:
         self.num_cached_blocks = 0
         self.state = HandoffState.COMPUTING
         self._held: list[SendInstruction] = []
+        self._sent_again: set[tuple[int, int]] = set()
 
     def grant(self, num_blocks: int, num_cached_blocks: int) -> list[SendInstruction]:
         """Take the receiver's grant and release what was computed before it came.
@@ -93,6 +96,24 @@ class Sending:
     def commit(self) -> list[SendInstruction]:
         """Note that the whole prompt is computed; nothing may become ready after it."""
         return self._when_granted(SendCommit())
+
+    def resend(self, cells: SendRange) -> list[SendInstruction]:
+        """Take the receiver's word that a piece arrived damaged; return what to send again.
+
+        Raises:
+            ProtocolError: cells outside the grant, or sent again before.
+        """
+        if self.state is HandoffState.ABORTED:
+            return []
+        last_block, last_layer = cells.first_block + cells.num_blocks, cells.first_layer + cells.num_layers
+        wanted = {(b, n) for b in range(cells.first_block, last_block) for n in range(cells.first_layer, last_layer)}
+        is_inside = self.num_cached_blocks <= cells.first_block < last_block <= self.num_blocks
+        if self.state not in (HandoffState.PUSHING, HandoffState.COMMITTED) or not is_inside or not wanted:
+            raise ProtocolError(f"RESEND of {cells}, which lies outside the grant")
+        if wanted & self._sent_again:
+            raise ProtocolError(f"RESEND of {cells} came twice")
+        self._sent_again |= wanted
+        return [cells]
 
     def landed(self) -> None:
         """Take the receiver's word that every cell stands in its memory.
@@ -158,6 +179,7 @@ class Receiving:
         self._committed = False
         self._cells = bytearray(b"\1" * (num_cached_blocks * num_layers)).ljust(num_blocks * num_layers, b"\0")
         self._num_missing = (num_blocks - num_cached_blocks) * num_layers
+        self._damaged = bytearray(num_blocks * num_layers)
 
     def accepts(self, cells: SendRange) -> bool:
         """Tell whether a piece may be written: False for a late one.
@@ -174,6 +196,14 @@ class Receiving:
             raise ProtocolError(f"piece {cells} lies outside the grant")
         if any(self._cells.count(1, start, end) for start, end in self._rows(cells)):
             raise ProtocolError(f"piece {cells} was sent twice")
+        return True
+
+    def damaged(self, cells: SendRange) -> bool:
+        """Note that cells arrived damaged; return whether to ask for them again: the first time, each."""
+        if any(self._damaged.count(1, start, end) for start, end in self._rows(cells)):
+            return False
+        for start, end in self._rows(cells):
+            self._damaged[start:end] = b"\1" * (end - start)
         return True
 
     def landed(self, cells: SendRange) -> bool:

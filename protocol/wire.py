@@ -334,6 +334,16 @@ class Landed(Message, frozen=True, kw_only=True):
     transfer_id: Id
 
 
+class Resend(Message, frozen=True, kw_only=True):
+    """Decode: this piece arrived damaged; send these cells again, under a fresh tag. Asked once for each cell."""
+
+    transfer_id: Id
+    first_block: Count
+    num_blocks: Count
+    first_layer: Count
+    num_layers: Count
+
+
 class PeerAbort(Message, frozen=True, kw_only=True):
     """Either side: this transfer is over; late pieces will be refused."""
 
@@ -344,7 +354,9 @@ class PeerAbort(Message, frozen=True, kw_only=True):
 HandshakeMessage = Challenge | Proof | Accept
 WorkerMessage = Register | Heartbeat | Links | FirstToken | Tokens | Declined | Preempted | TransferFailed
 RouterMessage = Welcome | Dismissed | Pulse | Members | Reserve | Prefill | Abort | Drain
-PeerMessage = PeerHello | PeerReady | PeerRefused | Tested | Credit | Grant | Piece | Commit | Landed | PeerAbort
+PeerMessage = (
+    PeerHello | PeerReady | PeerRefused | Tested | Credit | Grant | Piece | Commit | Landed | Resend | PeerAbort
+)
 AnyMessage = HandshakeMessage | WorkerMessage | RouterMessage | PeerMessage
 
 

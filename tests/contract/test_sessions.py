@@ -195,32 +195,39 @@ async def test_pieces_that_arrive_after_an_abort_never_reach_the_region(site: Si
     again.check(prefill, decode)
 
 
-async def test_damaged_payload_is_found_and_only_its_transfer_ends(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("num_damaged", [1, 2])
+async def test_damaged_payload_is_sent_again_and_a_second_time_ends_its_transfer_alone(
+    site: Site, monkeypatch: pytest.MonkeyPatch, num_damaged: int
+) -> None:
     prefill = await site.prefill()
     decode = await site.decode(prefill)
-    honest, num_pieces = prefill.region.checksum, 0
+    honest, told = prefill.region.checksum, list[int]()
 
     def dishonest(payload: Buffer, algorithm: str) -> int:
-        nonlocal num_pieces
-        num_pieces += 1
         total = honest(payload, algorithm)
-        if num_pieces == 3:
-            damaged = prefill.region.read(payload).copy()
-            damaged[7] ^= 1  # one bit, after the sum was taken
-            prefill.region.write(payload, damaged)
+        if len(told) < 3 or (total == told[2] and told.count(total) < num_damaged):
+            told.append(total)
+            if len(told) > 2:
+                damaged = prefill.region.read(payload).copy()
+                damaged[7] ^= 1  # one bit, after the sum was taken
+                prefill.region.write(payload, damaged)
         return total
 
     monkeypatch.setattr(prefill.region, "checksum", dishonest)
-    broken, fine = whole(1, 30), Plan(2, (40, 41), (40, 41), 0, (SendRange(0, 2, 0, NUM_LAYERS),), 9)
-    broken.receive(decode, "p0")
-    await broken.send(prefill, "d0")
-    await until(lambda: 1 in decode.failed and 1 in prefill.ended)
-    assert "ChecksumMismatch" in decode.failed[1] and "ChecksumMismatch" in str(prefill.ended[1])
+    hit, fine = whole(1, 30), Plan(2, (40, 41), (40, 41), 0, (SendRange(0, 2, 0, NUM_LAYERS),), 9)
+    hit.receive(decode, "p0")
+    await hit.send(prefill, "d0")
+    if num_damaged == 1:
+        await until(lambda: 1 in decode.complete and 1 in prefill.ended)
+        hit.check(prefill, decode)
+    else:
+        await until(lambda: 1 in decode.failed and 1 in prefill.ended)
+        assert "ChecksumMismatch" in decode.failed[1] and "ChecksumMismatch" in str(prefill.ended[1])
     fine.receive(decode, "p0")
     await fine.send(prefill, "d0")
     await until(lambda: 2 in decode.complete)
     fine.check(prefill, decode)
-    assert decode.side.stats.num_corrupt_pieces == 1
+    assert decode.side.stats.num_corrupt_pieces == num_damaged
 
 
 async def test_tags_are_random_and_never_used_twice(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

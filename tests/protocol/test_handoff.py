@@ -132,3 +132,39 @@ def test_whatever_the_order_exactly_the_missing_cells_travel(seed: int) -> None:
     assert len(pieces) == len(sent) and done == [False] * len(sent) + [True]
     num_cells = sum(piece.num_blocks * piece.num_layers for piece in pieces)
     assert num_cells == (num_blocks - num_cached) * num_layers
+
+
+def test_a_damaged_piece_is_sent_again_once() -> None:
+    sending = Sending(num_blocks=4)
+    sending.grant(4, 1)
+    sending.ready(SendRange(0, 4, 0, 3))
+    assert sending.resend(SendRange(1, 2, 0, 3)) == [SendRange(1, 2, 0, 3)]
+    sending.commit()
+    assert sending.resend(SendRange(3, 1, 1, 2)) == [SendRange(3, 1, 1, 2)], "also behind COMMIT"
+    for cells, words in (
+        (SendRange(2, 1, 2, 1), "came twice"),
+        (SendRange(0, 1, 0, 1), "outside the grant"),
+        (SendRange(3, 2, 0, 1), "outside the grant"),
+        (SendRange(3, 0, 0, 1), "outside the grant"),
+    ):
+        with pytest.raises(ProtocolError, match=words):
+            sending.resend(cells)
+    sending.landed()
+    assert Sending(num_blocks=1).abort()
+
+
+def test_a_resend_before_the_grant_is_refused_and_after_an_abort_ignored() -> None:
+    sending = Sending(num_blocks=2)
+    with pytest.raises(ProtocolError, match="outside the grant"):
+        sending.resend(SendRange(0, 1, 0, 1))
+    sending.abort()
+    assert sending.resend(SendRange(0, 1, 0, 1)) == []
+
+
+def test_the_receiver_asks_for_each_cell_once() -> None:
+    receiving = Receiving(num_blocks=3, num_cached_blocks=0, num_layers=2)
+    assert receiving.damaged(SendRange(0, 2, 0, 2))
+    assert not receiving.damaged(SendRange(1, 1, 1, 1))
+    assert receiving.damaged(SendRange(2, 1, 0, 1)) and receiving.damaged(SendRange(2, 1, 1, 1))
+    receiving.commit(3)
+    assert receiving.landed(SendRange(0, 3, 0, 2)), "asking again changes nothing of what is missing"

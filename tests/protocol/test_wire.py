@@ -72,6 +72,7 @@ MESSAGES = [
     ),
     wire.Commit(transfer_id=1, num_blocks=4, first_token_id=5),
     wire.Landed(transfer_id=1),
+    wire.Resend(transfer_id=1, first_block=0, num_blocks=2, first_layer=0, num_layers=3),
     wire.PeerAbort(transfer_id=1, reason="late"),
 ]
 
