@@ -6,13 +6,14 @@ SHELL := /bin/bash
 PORT ?= 8000
 MODEL ?= smollm2
 ARGS ?=
+TRIALS ?= 20
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 PACKAGES := protocol kernels model kvtransfer router engine prefill decode baton bench
 SOURCES := $(PACKAGES) tests scripts setup.py
 
-.PHONY: help env env-dev serve test test-golden lint check bench bench-peers bench-kernels bench-gpu clean
+.PHONY: help env env-dev serve test test-golden faults lint check bench bench-peers bench-kernels bench-gpu clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +33,9 @@ test: env-dev ## run the tests
 
 test-golden: env-dev ## every golden prompt in every mode and format (a quarter of an hour)
 	@$(BIN)/python -m pytest -m matrix tests/e2e/test_golden.py $(ARGS)
+
+faults: env-dev ## TRIALS=20 trials of every fault: workers killed and stopped under running streams
+	@$(BIN)/python -m tests.faults --trials $(TRIALS) $(ARGS)
 
 lint: env-dev ## formatting, lint rules and types
 	$(BIN)/ruff format --check $(SOURCES)

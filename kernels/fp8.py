@@ -28,7 +28,9 @@ def quantize_fp8(weight: Tensor) -> Fp8Matrix:
     wide = weight.float()
     scales = wide.abs().amax(dim=1) / _LARGEST
     safe = torch.where(scales > 0, scales, torch.ones_like(scales))
-    return Fp8Matrix((wide / safe.unsqueeze(1)).to(torch.float8_e4m3fn), safe)
+    # A scale next to zero is itself rounded, and what then exceeds the range becomes NaN in some versions of torch.
+    codes = (wide / safe.unsqueeze(1)).clamp(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn)
+    return Fp8Matrix(codes, safe)
 
 
 def dequantize(matrix: Fp8Matrix) -> Tensor:

@@ -3,13 +3,20 @@
     linear, linear_silu                 tiles of rows and outputs, the whole depth in one program
     decode_linear, decode_linear_silu   few rows: the weights stream once, past all rows
 
-Each has one tile shape and one order of summation per weight, whatever the number of rows, so the bits of a row never
-depend on its company. The two ways may differ from each other in the last bit.
+Each sums a row in one order per weight, whatever the number of rows, so the bits of a row never depend on its company.
+The two ways may differ from each other in the last bit.
 
 A decode step has too few outputs to fill the machine with whole rows of a matrix, so its depth is split, the same way
 for every batch. The programs of a tile leave partial sums in scratch memory; the last one to arrive adds them in order.
 The transposed product is taken, weights on the left: they fill the 64 rows that Hopper's matrix instruction has, and
-the few rows of x are its columns, padded to 16, 32 or 64.
+the few rows of x are its columns, padded to 16, 32 or 64. More of them come in groups of 64.
+
+What holds a decode product to the memory's pace (`decode_split`, `decode_tile`):
+- all programs run at once: a second wave of a few would cost as much again as the first;
+- each keeps copies in flight while it waits, together some megabytes, as much as the memory's latency hides;
+- with many columns a tile has twice the outputs, for x comes from the L2 cache once per tile and the cache has a pace.
+The tile may therefore differ between batches. The order of summation does not: the instruction adds 16 of the depth at
+a time to what it has, from the split's beginning to its end, in whatever tiles they arrive.
 """
 
 from __future__ import annotations
@@ -27,12 +34,14 @@ from kernels.gpu.activation import silu_mul
 from kernels.gpu.interpreted import INTERPRETED
 from kernels.reference import Matrix
 
-TARGET_PROGRAMS = 264  # two for each multiprocessor of an H200
-DECODE_OUTPUTS = 64
-DECODE_DEPTH = 128
+MULTIPROCESSORS = 132
+SHARED_BYTES = 233_472  # of a multiprocessor; each program takes 1 KiB beside its own
+SPLIT_UNIT = 128  # of the depth: a multiple of every tile's
 MAX_COLUMNS = 64
 MAX_SPLITS = 16
-_MIN_STEPS_PER_SPLIT = 2
+_SPLIT_OUTPUTS = 64
+_MIN_UNITS_PER_SPLIT = 2
+_MAX_STAGES = 8
 PROMPT_TILE = (128, 256, 64, 8, 3)  # rows, outputs, depth, warps, stages
 
 
@@ -74,33 +83,9 @@ def _as_type(tile, dtype: tl.constexpr):
 
 
 @triton.jit
-def _decode_sums(
-    x,
-    weight,
-    rows,
-    is_row,
-    columns,
-    is_column,
-    first_step,
-    last_step,
-    x_stride,
-    depth: tl.constexpr,
-    tile_depth: tl.constexpr,
-    tile_outputs: tl.constexpr,
-    tile_columns: tl.constexpr,
-):
-    """Sum one stretch of the depth: weights [tile_outputs, depth] times x transposed."""
-    total = tl.zeros([tile_outputs, tile_columns], dtype=tl.float32)
-    steps = tl.arange(0, tile_depth)
-    for step in range(first_step, last_step):
-        place = step * tile_depth + steps
-        inside = place < depth
-        w = tl.load(weight + rows[:, None] * depth + place[None, :], mask=is_row[:, None] & inside[None, :], other=0.0)
-        v = tl.load(
-            x + columns[None, :] * x_stride + place[:, None], mask=inside[:, None] & is_column[None, :], other=0.0
-        )
-        total = _add_product(_as_type(w, x.dtype.element_ty), v, total)
-    return total
+def _weights(weight, rows, is_row, place, inside, depth: tl.constexpr, dtype: tl.constexpr):
+    spots = weight + rows[:, None] * depth + place[None, :]
+    return _as_type(tl.load(spots, mask=is_row[:, None] & inside[None, :], other=0.0), dtype)
 
 
 @triton.jit
@@ -134,50 +119,41 @@ def _decode_kernel(
     x_stride,
     outputs: tl.constexpr,
     depth: tl.constexpr,
-    steps_per_split: tl.constexpr,
+    split_depth: tl.constexpr,
     num_splits: tl.constexpr,
-    tile_depth: tl.constexpr,
     tile_outputs: tl.constexpr,
     tile_columns: tl.constexpr,
+    tile_depth: tl.constexpr,
     has_scales: tl.constexpr,
     has_bias: tl.constexpr,
     is_gated: tl.constexpr,
 ):
-    tile, split, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    # Groups of rows of x stand next to each other, so that they find a tile of weights in the L2 cache.
+    group, tile, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     rows = tile.to(tl.int64) * tile_outputs + tl.arange(0, tile_outputs)
     is_row = rows < outputs
     columns = group.to(tl.int64) * tile_columns + tl.arange(0, tile_columns)
     is_column = columns < num_columns
-    first = split * steps_per_split
-    last = tl.minimum(first + steps_per_split, tl.cdiv(depth, tile_depth))
-    total = _decode_sums(
-        x,
-        weight,
-        rows,
-        is_row,
-        columns,
-        is_column,
-        first,
-        last,
-        x_stride,
-        depth,
-        tile_depth,
-        tile_outputs,
-        tile_columns,
-    )
-    up = total
-    if is_gated:
-        up = _decode_sums(
-            x, weight, rows + outputs, is_row, columns, is_column, first, last, x_stride, depth,
-            tile_depth, tile_outputs, tile_columns,
-        )  # fmt: skip
+    dtype = x.dtype.element_ty
+    total = tl.zeros([tile_outputs, tile_columns], dtype=tl.float32)
+    up = tl.zeros([tile_outputs, tile_columns], dtype=tl.float32)
+    first = split * split_depth
+    last = tl.minimum(first + split_depth, depth)
+    for start in range(first, last, tile_depth):
+        place = start + tl.arange(0, tile_depth)
+        inside = place < depth
+        spots = x + columns[None, :] * x_stride + place[:, None]
+        v = tl.load(spots, mask=inside[:, None] & is_column[None, :], other=0.0)
+        total = _add_product(_weights(weight, rows, is_row, place, inside, depth, dtype), v, total)
+        if is_gated:
+            up = _add_product(_weights(weight, rows + outputs, is_row, place, inside, depth, dtype), v, up)
     if num_splits > 1:
         area: tl.constexpr = tile_outputs * tile_columns
         halves: tl.constexpr = 2 if is_gated else 1
         offsets = tl.arange(0, tile_outputs)[:, None] * tile_columns + tl.arange(0, tile_columns)[None, :]
-        spot = group * tl.num_programs(0) + tile
+        spot = tile * tl.num_programs(0) + group
         place = spot.to(tl.int64) * (area * halves)
-        stride = tl.num_programs(0).to(tl.int64) * tl.num_programs(2) * (area * halves)
+        stride = tl.num_programs(0).to(tl.int64) * tl.num_programs(1) * (area * halves)
         tl.store(partials + split * stride + place + offsets, total)
         if is_gated:
             tl.store(partials + split * stride + place + area + offsets, up)
@@ -191,7 +167,6 @@ def _decode_kernel(
         if is_gated:
             up = _gathered(partials, place + area, num_splits, stride, offsets)
         tl.store(counters + spot, 0)
-    dtype = out.dtype.element_ty
     total = _finished(total, scales, bias, rows, is_row, has_scales, has_bias)
     if is_gated:
         # Rounded as the reference does, which has the product, the activation and their product in x's type.
@@ -250,31 +225,62 @@ def _prompt_kernel(
 
 
 @dataclass(frozen=True, slots=True)
-class DecodeShape:
-    """How decode cuts a weight: a property of the weight and of the type of x, never of the batch.
+class DecodeSplit:
+    """How decode cuts a weight's depth: a property of the weight, never of the batch.
 
-    num_tiles: of outputs. num_splits: stretches of the depth, of `steps_per_split` tiles of `tile_depth` each.
+    num_splits: none of them empty. depth: of each but the last, a multiple of `SPLIT_UNIT`.
     """
 
-    num_tiles: int
     num_splits: int
-    steps_per_split: int
-    tile_depth: int
-    num_stages: int
+    depth: int
 
 
-def decode_shape(outputs: int, depth: int, itemsize: int, *, is_gated: bool, num_splits: int = 0) -> DecodeShape:
-    """Choose the shape for a weight of so many outputs (a half of them, if gated); num_splits 0 chooses too.
+@dataclass(frozen=True, slots=True)
+class DecodeTile:
+    """What one program of a decode product does at a time; the bits of a result do not depend on it.
 
-    itemsize: bytes of an element of x.
+    outputs, columns, depth: of a tile; gated, it has so many outputs of the gate and as many of the other half.
+    num_resident: programs that a multiprocessor has room for.
     """
-    tile_depth = DECODE_DEPTH * 2 // itemsize if itemsize <= 2 else 32
-    num_steps, num_tiles = -(-depth // tile_depth), -(-outputs // DECODE_OUTPUTS)
+
+    outputs: int
+    columns: int
+    depth: int
+    num_warps: int
+    num_stages: int
+    num_resident: int
+
+
+def decode_split(outputs: int, depth: int, num_splits: int = 0) -> DecodeSplit:
+    """Cut a weight of so many outputs (a half of them, if gated) for two programs or so on each multiprocessor.
+
+    Up to three are resident (see `decode_tile`), and rounding gives at most that many. num_splits 0 chooses, else so
+    many are taken if the depth has them.
+    """
+    num_units = -(-depth // SPLIT_UNIT)
     if num_splits == 0:
-        wanted = round(TARGET_PROGRAMS / num_tiles)
-        num_splits = max(1, min(wanted, num_steps // _MIN_STEPS_PER_SPLIT, MAX_SPLITS))
-    steps_per_split = -(-num_steps // min(num_splits, num_steps))
-    return DecodeShape(num_tiles, -(-num_steps // steps_per_split), steps_per_split, tile_depth, 3 if is_gated else 4)
+        wanted = round(2 * MULTIPROCESSORS / -(-outputs // _SPLIT_OUTPUTS))
+        num_splits = max(1, min(wanted, num_units // _MIN_UNITS_PER_SPLIT, MAX_SPLITS))
+    units_per_split = -(-num_units // min(num_splits, num_units))
+    return DecodeSplit(-(-num_units // units_per_split), units_per_split * SPLIT_UNIT)
+
+
+def decode_tile(num_columns: int, itemsize: int, weight_itemsize: int, *, is_gated: bool) -> DecodeTile:
+    """Choose the tile for a batch of so many rows, by the bytes of an element of x and of the weight.
+
+    A stage holds 128 bytes of each output's weights, half of that where not three stages have room. Tiles of twice the
+    outputs are half as many programs, of which two a multiprocessor are resident in place of three.
+    """
+    columns = min(MAX_COLUMNS, max(16, triton.next_power_of_2(num_columns)))
+    is_tall = columns > 16 and not is_gated
+    outputs, num_resident = (128, 2) if is_tall else (64, 3)
+    budget_bytes = SHARED_BYTES // num_resident - 1024
+    for depth in (128 // weight_itemsize, 64 // weight_itemsize):
+        stage_bytes = depth * (outputs * weight_itemsize * (2 if is_gated else 1) + columns * itemsize)
+        if budget_bytes // stage_bytes >= 3:
+            break
+    num_stages = min(_MAX_STAGES, budget_bytes // stage_bytes)
+    return DecodeTile(outputs, columns, depth, 8 if is_tall else 4, num_stages, num_resident)
 
 
 def decode_linear(
@@ -329,21 +335,23 @@ def _decode(
     out = torch.empty((num_columns, outputs), dtype=x.dtype, device=x.device)
     if num_columns == 0:
         return out
-    shape = decode_shape(outputs, depth, x.element_size(), is_gated=is_gated, num_splits=num_splits)
-    tile_columns = min(MAX_COLUMNS, max(16, triton.next_power_of_2(num_columns)))
-    num_groups = -(-num_columns // tile_columns)
+    split = decode_split(outputs, depth, num_splits)
+    tile = decode_tile(num_columns, x.element_size(), data.element_size(), is_gated=is_gated)
+    num_groups, num_tiles = -(-num_columns // tile.columns), -(-outputs // tile.outputs)
     scratch = scratch or LinearScratch.on(x.device)
-    if shape.num_splits > 1:
-        area = DECODE_OUTPUTS * tile_columns * (2 if is_gated else 1)
-        scratch.reserve(shape.num_splits * shape.num_tiles * num_groups * area, shape.num_tiles * num_groups)
-    launch: Any = _decode_kernel[(shape.num_tiles, shape.num_splits, num_groups)]
+    if split.num_splits > 1:
+        area = tile.outputs * tile.columns * (2 if is_gated else 1)
+        # As many counters as the smallest tiles need, so that a smaller batch never asks for more than a larger one.
+        num_counters = num_groups * -(-outputs // _SPLIT_OUTPUTS)
+        scratch.reserve(split.num_splits * num_tiles * num_groups * area, num_counters)
+    launch: Any = _decode_kernel[(num_groups, num_tiles, split.num_splits)]
     launch(
         x, data, scales if scales is not None else x, bias if bias is not None else x, out,
         scratch.partials, scratch.counters, num_columns, x.stride(0),
-        outputs=outputs, depth=depth, steps_per_split=shape.steps_per_split, num_splits=shape.num_splits,
-        tile_depth=shape.tile_depth, tile_outputs=DECODE_OUTPUTS, tile_columns=tile_columns,
+        outputs=outputs, depth=depth, split_depth=split.depth, num_splits=split.num_splits,
+        tile_outputs=tile.outputs, tile_columns=tile.columns, tile_depth=tile.depth,
         has_scales=scales is not None, has_bias=bias is not None, is_gated=is_gated,
-        num_warps=4, num_stages=shape.num_stages,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return out
 

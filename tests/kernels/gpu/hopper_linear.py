@@ -20,19 +20,22 @@ WEIGHTS = {
     },
 }  # fmt: skip
 
+TYPES = ("*bf16", "*fp8e4nv")
 
-def _decode_case(model: str, weight: str, columns: int, dtype: str) -> HopperCase:
+
+def _decode_case(model: str, weight: str, num_rows: int, dtype: str) -> HopperCase:
     outputs, depth = WEIGHTS[model][weight]
     is_gated, is_fp8 = weight == "gate", dtype == "*fp8e4nv"
-    shape = linear.decode_shape(outputs, depth, 2, is_gated=is_gated)
+    split = linear.decode_split(outputs, depth)
+    tile = linear.decode_tile(num_rows, 2, 1 if is_fp8 else 2, is_gated=is_gated)
     constants: dict[str, Any] = {
         "outputs": outputs,
         "depth": depth,
-        "steps_per_split": shape.steps_per_split,
-        "num_splits": shape.num_splits,
-        "tile_depth": shape.tile_depth,
-        "tile_outputs": linear.DECODE_OUTPUTS,
-        "tile_columns": columns,
+        "split_depth": split.depth,
+        "num_splits": split.num_splits,
+        "tile_outputs": tile.outputs,
+        "tile_columns": tile.columns,
+        "tile_depth": tile.depth,
         "has_scales": is_fp8,
         "has_bias": False,
         "is_gated": is_gated,
@@ -41,10 +44,10 @@ def _decode_case(model: str, weight: str, columns: int, dtype: str) -> HopperCas
         "x": "*bf16", "weight": dtype, "scales": "*fp32", "bias": "*bf16", "out": "*bf16", "partials": "*fp32",
         "counters": "*i32", "num_columns": "i32", "x_stride": "i32",
     }  # fmt: skip
-    name = f"decode_linear-{model}-{weight}-{columns}{'-fp8' if is_fp8 else ''}"
+    name = f"decode_linear-{model}-{weight}-{num_rows}{'-fp8' if is_fp8 else ''}"
     return HopperCase(
-        name, linear._decode_kernel, signature, constants, 4, shape.num_stages, aligned=("x_stride",)
-    )  # fmt: skip
+        name, linear._decode_kernel, signature, constants, tile.num_warps, tile.num_stages, aligned=("x_stride",)
+    )
 
 
 def _prompt_case(model: str, weight: str, dtype: str) -> HopperCase:
@@ -71,9 +74,15 @@ def _prompt_case(model: str, weight: str, dtype: str) -> HopperCase:
 
 
 def cases() -> list[HopperCase]:
-    """Every weight for one stream; the batch sizes, the types and the prompts at a weight of each kind."""
-    found = [_decode_case(model, weight, 16, "*bf16") for model, weights in WEIGHTS.items() for weight in weights]
-    found += [_decode_case("llama-3.1-8b", weight, n, "*bf16") for weight in ("qkv", "gate", "head") for n in (32, 64)]
-    found += [_decode_case("llama-3.1-8b", weight, n, "*fp8e4nv") for weight in ("qkv", "gate") for n in (16, 64)]
+    """Every weight for one stream, of both types; more rows, and prompts, at weights of each kind."""
+    found = []
+    for model, weights in WEIGHTS.items():
+        found += [_decode_case(model, weight, 16, "*bf16") for weight in weights]
+        # The vocabulary keeps its type.
+        found += [_decode_case(model, weight, 16, "*fp8e4nv") for weight in weights if weight != "head"]
+        found += [_decode_case(model, weight, 64, "*bf16") for weight in ("qkv", "gate", "head")]
+        found.append(_decode_case(model, "gate", 64, "*fp8e4nv"))
+    found += [_decode_case("llama-3.1-8b", weight, 32, dtype) for weight in ("qkv", "gate") for dtype in TYPES]
+    found.append(_decode_case("llama-3.1-8b", "qkv", 64, "*fp8e4nv"))
     found += [_prompt_case("llama-3.1-8b", weight, "*bf16") for weight in ("qkv", "down")]
     return [*found, _prompt_case("llama-3.1-8b", "qkv", "*fp8e4nv"), _prompt_case("smollm2-135m", "qkv", "*bf16")]

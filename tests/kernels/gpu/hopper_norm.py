@@ -27,10 +27,10 @@ def _rope_case(model: str, num_heads: int, num_kv_heads: int, head_dim: int, *, 
     }  # fmt: skip
     constants = {
         "num_heads": num_heads, "num_kv_heads": num_kv_heads, "half": head_dim // 2, "width": head_dim // 2,
-        "block_size": 16, "has_norms": has_norms,
+        "tile_heads": 16, "block_size": 16, "has_norms": has_norms,
     }  # fmt: skip
     strides = ("qkv_stride", "kv_block_stride", "kv_value_stride", "kv_head_stride")
-    return HopperCase(f"rope_store-{model}", rope._rope_kernel, signature, constants, 1, aligned=strides)
+    return HopperCase(f"rope_store-{model}", rope._rope_kernel, signature, constants, 4, aligned=strides)
 
 
 def _lane_cases() -> list[HopperCase]:

@@ -77,6 +77,21 @@ def test_rotation_and_the_write_of_keys_and_values(
     assert (by_slot[untouched] == 7.0).all() and (by_slot[:, [0, 2]] == 7.0).all()
 
 
+def test_a_token_has_the_same_bits_alone_and_in_any_batch(device: torch.device) -> None:
+    num_heads, num_kv_heads, head_dim, dtype = 14, 3, 96, torch.float16
+    qkv = _random(device, dtype, 5, (num_heads + 2 * num_kv_heads) * head_dim)
+    tables = (_random(device, torch.float32, 9, 48, seed=1), _random(device, torch.float32, 9, 48, seed=2))
+    norms = HeadNorms(_random(device, dtype, head_dim, seed=3), _random(device, dtype, head_dim, seed=4), 1e-6)
+    positions, slots = torch.tensor([8, 0, 3, 3, 5], device=device), torch.tensor([4, 0, 9, 2, 11], device=device)
+    caches = [torch.zeros((2, 2, num_kv_heads, 8, head_dim), dtype=dtype, device=device) for _ in range(2)]
+    together = rope_store(qkv, positions, tables, caches[0], slots, num_heads, norms)
+    singles = [slice(row, row + 1) for row in range(5)]
+    alone = [rope_store(qkv[s], positions[s], tables, caches[1], slots[s], num_heads, norms) for s in singles]
+    assert torch.equal(together, torch.cat(alone)) and torch.equal(*caches)
+    assert torch.equal(rms_norm(qkv, qkv[0], 1e-5), torch.cat([rms_norm(qkv[s], qkv[0], 1e-5) for s in singles]))
+    assert rope_store(qkv[:0], positions[:0], tables, caches[0], slots[:0], num_heads).shape == (0, num_heads, head_dim)
+
+
 def test_a_block_far_out_is_reached(device: torch.device) -> None:
     """Offsets past 2**31 elements."""
     if device.type != "cuda":
