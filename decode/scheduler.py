@@ -8,7 +8,8 @@
 
 Sequences join and leave between two steps. A running sequence takes a new block whenever it enters one. When the pool
 is dry the youngest running sequence gives way; it is reported, and the router places it again with the tokens that the
-client has. Those are replayed: computed one per step like any other, their samples discarded.
+client has. Those are replayed: computed again, their samples discarded; several per step where a run of tokens gives
+the very bits of single steps (`replay_tokens`), one like any other where it does not.
 
     schedule() ─► step in flight ─► apply()         on a GPU several steps are in flight at once
 
@@ -28,11 +29,14 @@ from enum import Enum, auto
 from decode.promises import Promises
 from engine.batch import BatchItem
 from engine.block_pool import BlockPool
+from engine.decode_runner import StepShape
 from engine.sampler import Sampled
 from engine.sequence import Sequence, num_blocks_for
 from protocol.block_hash import BlockHash, block_hashes, next_block_hash
 from protocol.errors import OutOfBlocks
 from protocol.request import FinishReason, TokenRow
+
+ONE_BY_ONE = StepShape()
 
 
 class SlotState(Enum):
@@ -54,7 +58,7 @@ class _Slot:
 
     @property
     def position(self) -> int:
-        """Place of the token that the next scheduled step computes."""
+        """Place of the token that the next scheduled step computes; `num_in_flight` counts tokens."""
         return self.sequence.num_computed_tokens + self.num_in_flight
 
 
@@ -83,7 +87,7 @@ class DecodeScheduler:
         max_num_seqs: sequences held at once.
         watermark_blocks: blocks kept back from new sequences while others are held.
         max_model_len: bound of prompt plus output tokens.
-        growth_blocks: most blocks that a running sequence takes at once when it enters a new one.
+        shape: what suits the runner's steps: blocks taken when a sequence enters a new one, tokens replayed at once.
         has_own_pool: whether prompts are computed elsewhere and sent here, into blocks of `reserve`; else `expect`.
         hides_generated: name blocks with output tokens so that no prompt finds them, only the same sequence resumed:
             where the phases' arithmetic differs, a prompt's result must not depend on who computed its prefix.
@@ -96,7 +100,7 @@ class DecodeScheduler:
         max_num_seqs: int,
         watermark_blocks: int,
         max_model_len: int,
-        growth_blocks: int = 1,
+        shape: StepShape = ONE_BY_ONE,
         *,
         has_own_pool: bool = True,
         hides_generated: bool = False,
@@ -106,7 +110,7 @@ class DecodeScheduler:
         self._max_num_seqs = max_num_seqs
         self._watermark_blocks = watermark_blocks
         self._max_model_len = max_model_len
-        self._growth_blocks = growth_blocks
+        self._shape = shape
         self._has_own_pool = has_own_pool
         self._hides_generated = hides_generated
         self._promises = Promises()
@@ -226,23 +230,28 @@ class DecodeScheduler:
 
     def schedule(self) -> StepPlan:
         """Return the next step; empty where nobody can go on. Preempted sequences are gone already."""
-        plan = StepPlan()
+        plan, num_spare = StepPlan(), self._shape.replay_tokens
         for slot in list(self._running):
             if slot.num_in_flight == 0:
                 slot.is_paused = False
             if slot.state is not SlotState.RUNNING or slot.is_paused or self._has_last_token(slot):
                 continue
-            if self._has_block(slot, plan):
-                plan.items.append(BatchItem(slot.sequence, slot.position, 1, wants_logits=True))
+            seq, start = slot.sequence, slot.position
+            num_known = min(len(seq.tokens) - start, 1 + num_spare) if num_spare else 1
+            num_tokens = max(1, num_known)
+            if self._has_block(slot, start + num_tokens - 1, plan):
+                num_spare -= num_tokens - 1
+                is_at_end = num_tokens == 1 or start + num_tokens == len(seq.tokens)
+                plan.items.append(BatchItem(seq, start, num_tokens, wants_logits=is_at_end))
             else:
                 # Its lane is given up with this step, and the host knows its tokens only once nothing is in flight.
                 slot.is_paused = True
         for item in plan.items:
-            self._slots[item.sequence.transfer_id].num_in_flight += 1
+            self._slots[item.sequence.transfer_id].num_in_flight += item.num_tokens
         return plan
 
     def apply(self, plan: StepPlan, results: list[Sampled]) -> list[TokenRow]:
-        """Take a step's samples, in the order of scheduling; return a row for each new token.
+        """Take a step's samples, one per item and in their order; return a row for each new token.
 
         Finished sequences are gone afterwards. Samples of sequences that left meanwhile are thrown away.
         """
@@ -250,16 +259,18 @@ class DecodeScheduler:
         for item, result in zip(plan.items, results, strict=True):
             transfer_id = item.sequence.transfer_id
             slot = self._slots.get(transfer_id) or self._leaving[transfer_id]
-            slot.num_in_flight -= 1
+            slot.num_in_flight -= item.num_tokens
             if slot.state is SlotState.LEAVING:
                 self._release_if_idle(slot)
                 continue
             seq = slot.sequence
-            seq.num_computed_tokens += 1
-            self._name_full_block(seq)
+            for _ in range(item.num_tokens):
+                seq.num_computed_tokens += 1
+                self._name_full_block(seq)
             if seq.num_computed_tokens < len(seq.tokens):
-                self.num_replayed_tokens += 1
+                self.num_replayed_tokens += item.num_tokens
                 continue
+            self.num_replayed_tokens += item.num_tokens - 1
             assert result.token_id >= 0, "the device ended a sequence that has not ended"
             seq.tokens.append(result.token_id)
             rows.append(self._row(slot, result))
@@ -304,10 +315,10 @@ class DecodeScheduler:
                 f"{num_wanted} blocks wanted and {reserve} kept back, {self._pool.num_available} available"
             )
 
-    def _has_block(self, slot: _Slot, plan: StepPlan) -> bool:
-        """Give a sequence the block of its next position, at the cost of younger ones; False if it must wait or go."""
+    def _has_block(self, slot: _Slot, last: int, plan: StepPlan) -> bool:
+        """Give a sequence blocks up to a position, at the cost of younger ones; False if it must wait or go."""
         seq = slot.sequence
-        while slot.position // self._block_size >= len(seq.block_ids):
+        while last // self._block_size >= len(seq.block_ids):
             spare = self._pool.num_available - self._watermark_blocks
             try:
                 seq.add_blocks(self._pool.allocate(max(1, min(self._blocks_to_grow(slot), spare))))
@@ -329,7 +340,7 @@ class DecodeScheduler:
     def _blocks_to_grow(self, slot: _Slot) -> int:
         seq = slot.sequence
         last = min(self._max_model_len, seq.num_prompt_tokens + seq.sampling.max_tokens)
-        return min(self._growth_blocks, num_blocks_for(last, self._block_size) - len(seq.block_ids))
+        return min(self._shape.growth_blocks, num_blocks_for(last, self._block_size) - len(seq.block_ids))
 
     def _preempt(self, slot: _Slot, plan: StepPlan) -> None:
         self.num_preemptions += 1

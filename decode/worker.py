@@ -109,7 +109,7 @@ class DecodeWorker:
             config.max_num_seqs,
             config.watermark_blocks,
             model.max_model_len,
-            runner.growth_blocks,
+            runner.shape,
             has_own_pool=watch is None,
             # A device computes prompts and single tokens with different kernels, whose bits may differ.
             hides_generated=stays_on_device(model),

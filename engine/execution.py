@@ -20,7 +20,12 @@ from engine.lane_state import LaneSizes, LaneState
 from engine.loading import LoadedModel
 from engine.runner import BatchRunner, DeviceRunner, Runner
 from engine.sequence import num_blocks_for
+from model.native_decoder import NativeDecoder
 from model.torch_decoder import TorchDecoder
+
+# A step that replays so many tokens takes about twice as long as one without: the others wait a moment longer, and a
+# stream of 256 tokens that lost its worker is back after 16 steps.
+REPLAY_TOKENS = 16
 
 
 def stays_on_device(model: LoadedModel) -> bool:
@@ -53,7 +58,9 @@ def open_decode_runner(
         queue: where steps run; None opens one.
     """
     if not stays_on_device(model):
-        return HostDecodeRunner(Runner(model.decoder, kv_cache))
+        # Only the native step's bits are known to be the same for any cut of a sequence.
+        replay_tokens = REPLAY_TOKENS if isinstance(model.decoder, NativeDecoder) else 0
+        return HostDecodeRunner(Runner(model.decoder, kv_cache), replay_tokens)
     queue = queue or open_queue(model.device)
     sizes = lane_sizes(model, max_num_seqs)
     state = LaneState(sizes, queue)

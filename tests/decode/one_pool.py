@@ -14,7 +14,7 @@ from decode.scheduler import DecodeScheduler
 from decode.stepper import Abandoned, DecodeStepper, DropSequence, GaveWay, NoRoom, ReserveBlocks, StepRows
 from engine.batch import BatchItem
 from engine.block_pool import BlockPool, PoolWatch
-from engine.decode_runner import DecodeRunner, HostDecodeRunner, LaneDecodeRunner, LaneStep
+from engine.decode_runner import DecodeRunner, HostDecodeRunner, LaneDecodeRunner, LaneStep, StepShape
 from engine.execution import lane_sizes
 from engine.kv_cache import KVCache
 from engine.lane_state import LaneState
@@ -76,7 +76,7 @@ class Watched:
         self._block_size = block_size
         self.depth: int = runner.depth
         self.mark = getattr(runner, "mark", None)
-        self.growth_blocks: int = getattr(runner, "growth_blocks", 0)
+        self.shape: StepShape = getattr(runner, "shape", StepShape())
         self.other: Watched | None = None
         self.flights: list[tuple[set[int], set[int]]] = []
 
@@ -169,7 +169,7 @@ class OnePoolPair:
         prefill, decode = Watched(runners.prefill, size), Watched(runners.decode, size)
         prefill.other, decode.other, self.pool.runners = decode, prefill, (prefill, decode)
         self.decode_scheduler = DecodeScheduler(
-            self.pool, size, max_num_seqs, watermark_blocks, model.max_model_len, decode.growth_blocks,
+            self.pool, size, max_num_seqs, watermark_blocks, model.max_model_len, decode.shape,
             has_own_pool=False, hides_generated=runners.runs_ahead,
         )  # fmt: skip
         self.decode = DecodeStepper(decode, self.pool, self.decode_scheduler, self._from_decode, watch)

@@ -32,7 +32,9 @@ from protocol.wire import Prefill, Reserve
 class Pair:
     """The two steppers, without threads or sockets."""
 
-    def __init__(self, model: LoadedModel, *, chunk_tokens: int = 16, decode_blocks: int | None = None) -> None:
+    def __init__(
+        self, model: LoadedModel, *, chunk_tokens: int = 16, decode_blocks: int | None = None, replay_tokens: int = 0
+    ) -> None:
         self.model = model
         self.from_prefill: list[PrefillEmission] = []
         self.from_decode: list[DecodeEmission] = []
@@ -50,8 +52,8 @@ class Pair:
         )
         self.decode_kv = KVCache(model.fingerprint, decode_blocks or model.num_blocks, model.device)
         self.decode_pool = BlockPool(decode_blocks or model.num_blocks)
-        scheduler = DecodeScheduler(self.decode_pool, size, 16, 0, model.max_model_len)
-        runner = HostDecodeRunner(Runner(model.decoder, self.decode_kv))
+        runner = HostDecodeRunner(Runner(model.decoder, self.decode_kv), replay_tokens)
+        scheduler = DecodeScheduler(self.decode_pool, size, 16, 0, model.max_model_len, runner.shape)
         self.decode = DecodeStepper(runner, self.decode_pool, scheduler, self.from_decode.append)
         self.tokens: dict[int, list[int]] = {}
         self.reasons: dict[int, FinishReason | None] = {}

@@ -7,6 +7,7 @@ import pytest
 from decode.stepper import DropSequence
 from engine.loading import LoadedModel
 from engine.placement import refusal_of
+from model.native_decoder import NativeDecoder
 from prefill.stepper import layer_groups
 from protocol.request import FinishReason, SamplingParams
 from protocol.wire import Prefill
@@ -40,9 +41,11 @@ def test_chunks_and_batches_change_no_token(model: LoadedModel, temperature: flo
     pair.decode_pool.check(num_expected_leased=0)
 
 
-def test_a_preempted_sequence_resumes_token_for_token(model: LoadedModel) -> None:
+@pytest.mark.parametrize("replay_tokens", [0, 7])
+def test_a_preempted_sequence_resumes_token_for_token(model: LoadedModel, replay_tokens: int) -> None:
+    assert isinstance(model.decoder, NativeDecoder), "the torch kernels' bits depend on how a sequence is cut"
     cases = {i: (prompt_of(10 + i, 20), params(i, max_tokens=30, temperature=1.0)) for i in range(3)}
-    pair = Pair(model, decode_blocks=14)
+    pair = Pair(model, decode_blocks=14, replay_tokens=replay_tokens)
     waiting = list(cases)
     num_preempted = 0
     for _ in range(50):
