@@ -11,7 +11,10 @@
    later ones may overtake it: they are kept until it is here. Any other gap fails the placement.
 3. A lost placement begins a new epoch with the tokens that the client has; nothing of an older one counts any more.
 4. A refusal costs a pause, on that worker only; nobody overtakes a request that waits for room.
-5. Every accepted request ends with exactly one of Finish, Fail, Cancelled, and an Abort to whoever holds some of it.
+5. A stream whose client does not read is paused: it gives its placement up, and gets another when the client reads on.
+6. The streams of a draining decode worker are moved to another one with room, a few at a time; it goes on with those
+   that would be finished sooner than moved, and with what nobody else has room for, until its own budget is over.
+7. Every accepted request ends with exactly one of Finish, Fail, Cancelled, and an Abort to whoever holds some of it.
 """
 
 from __future__ import annotations
@@ -19,12 +22,10 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Final
 
-from protocol.block_hash import BlockHash, block_hashes, root_hash
+from protocol.block_hash import block_hashes, root_hash
 from protocol.errors import NotReady, RequestFailed
-from protocol.kv_layout import KVFingerprint
 from protocol.request import FinishReason, TokenRow
 from protocol.wire import Abort, Declined, FirstToken, Preempted, TransferFailed
 from router.instructions import (
@@ -41,55 +42,12 @@ from router.instructions import (
 )
 from router.load import Demand, Loads, num_blocks_for
 from router.members import Registry, WorkerKey
+from router.request_state import Placement, RequestState
 
 FIRST_BACKOFF_S: Final = 0.05
 MAX_BACKOFF_S: Final = 1.0
+MAX_MOVING: Final = 2
 NUM_TOKEN_IDS: Final = 1 << 31
-
-
-@dataclass(slots=True)
-class _Placement:
-    """Where a request is.
-
-    Attributes:
-        prefill_holds, decode_holds: whether that worker has something of it.
-        is_steady: the stream has reached the decode worker: rows that follow only add to it.
-        num_covered_tokens: output tokens that the blocks told to the loads hold.
-        early: rows that came before token 0.
-    """
-
-    transfer_id: int
-    prefill: WorkerKey
-    decode: WorkerKey | None
-    prefill_holds: bool = True
-    decode_holds: bool = True
-    is_steady: bool = False
-    num_covered_tokens: int = 0
-    early: list[TokenRow] = field(default_factory=list)
-
-
-@dataclass(slots=True, eq=False)
-class _Request:
-    submission: Submission
-    order: int
-    waiting_since_s: float
-    epoch: int = -1
-    tokens: list[int] = field(default_factory=list)
-    placement: _Placement | None = None
-    names: tuple[BlockHash, ...] = ()
-    named_for: KVFingerprint | None = None
-    num_failures: int = 0
-    num_preemptions: int = 0
-    num_declines: int = 0
-    retry_s: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def request_id(self) -> int:
-        return self.submission.request_id
-
-    @property
-    def needs_decode(self) -> bool:
-        return self.submission.sampling.max_tokens > 1
 
 
 class Dispatch:
@@ -108,9 +66,9 @@ class Dispatch:
         self._placement_wait_s = placement_wait_s
         self._ids = ids
         self.loads = Loads(registry)
-        self._requests: dict[int, _Request] = {}
-        self._by_transfer: dict[int, _Request] = {}
-        self._queue: list[_Request] = []
+        self._requests: dict[int, RequestState] = {}
+        self._by_transfer: dict[int, RequestState] = {}
+        self._queue: list[RequestState] = []
         self._order = itertools.count()
         self._has_freed = False
 
@@ -122,14 +80,14 @@ class Dispatch:
     @property
     def num_running(self) -> int:
         """Requests with workers."""
-        return len(self._requests) - len(self._queue)
+        return len(self._by_transfer)
 
     # --- events from clients and the clock ---
 
     def submit(self, submission: Submission, now_s: float) -> list[Instruction]:
         """Take a request."""
         assert submission.request_id not in self._requests
-        request = _Request(submission, next(self._order), now_s)
+        request = RequestState(submission, next(self._order), now_s)
         self._requests[submission.request_id] = request
         self._queue.append(request)
         return self._place_waiting(now_s)
@@ -149,9 +107,31 @@ class Dispatch:
         out = self._end(request, Finish(request_id, FinishReason.STOP), "stop string")
         return out + self._place_waiting(now_s)
 
+    def pause(self, request_id: int, now_s: float) -> list[Instruction]:
+        """Let a request hold nothing until `go_on`; its tokens so far count as delivered. Idempotent."""
+        request = self._requests.get(request_id)
+        if request is None or request.is_paused:
+            return []
+        request.is_paused = True
+        if request in self._queue:
+            self._queue.remove(request)
+        return self._release(request, "its client does not read") + self._place_waiting(now_s)
+
+    def go_on(self, request_id: int, now_s: float) -> list[Instruction]:
+        """Place a paused request again; idempotent."""
+        request = self._requests.get(request_id)
+        if request is None or not request.is_paused:
+            return []
+        request.is_paused = False
+        return self._requeue(request, "", now_s) + self._place_waiting(now_s)
+
     def tick(self, now_s: float) -> list[Instruction]:
-        """Place what waits and give up on what waited too long. Call it when members change, and every so often."""
+        """Place what waits, move what drains, give up on what waited too long.
+
+        Call it when members change, and every so often.
+        """
         out = self._place_waiting(now_s)
+        out += self._move_streams(now_s)
         for request in [r for r in self._queue if now_s - r.waiting_since_s > self._placement_wait_s]:
             # A stream that gave way to others waits for room as long as there are workers at all.
             if request.tokens and self._registry.is_ready:
@@ -248,7 +228,7 @@ class Dispatch:
 
     # --- tokens ---
 
-    def _grow(self, request: _Request, placement: _Placement) -> None:
+    def _grow(self, request: RequestState, placement: Placement) -> None:
         """Count the blocks that a placement has reached on its decode worker."""
         if placement.decode is not None and self._registry.fingerprint is not None:
             block_size, num_prompt_tokens = self._registry.fingerprint.block_size, len(request.submission.prompt)
@@ -256,7 +236,7 @@ class Dispatch:
             self.loads.grown(placement.transfer_id, placement.decode, num_blocks)
             placement.num_covered_tokens = num_blocks * block_size - num_prompt_tokens
 
-    def _row(self, request: _Request, placement: _Placement, row: TokenRow, now_s: float) -> list[Instruction]:
+    def _row(self, request: RequestState, placement: Placement, row: TokenRow, now_s: float) -> list[Instruction]:
         """Deliver, keep or drop one row of the current epoch."""
         num_delivered = len(request.tokens)
         if row.index < num_delivered or 0 < row.index <= len(placement.early):
@@ -275,7 +255,7 @@ class Dispatch:
             return []
         return self._replace(request, f"token {row.index} came instead of {num_delivered}", now_s)
 
-    def _deliver(self, request: _Request, rows: list[TokenRow], first: FirstToken | None) -> list[Instruction]:
+    def _deliver(self, request: RequestState, rows: list[TokenRow], first: FirstToken | None) -> list[Instruction]:
         """Deliver consecutive rows, and finish where one says so."""
         out: list[Instruction] = []
         placement = request.placement
@@ -292,6 +272,7 @@ class Dispatch:
             placement.prefill_holds = False
         self._grow(request, placement)
         placement.is_steady = rows[-1].index > 0
+        request.is_moving &= not placement.is_steady
         return out
 
     # --- placing ---
@@ -319,7 +300,7 @@ class Dispatch:
             out += self._place(request, demand, pair.prefill_id, pair.decode_id, now_s)
         return out
 
-    def _demand(self, request: _Request) -> Demand | None:
+    def _demand(self, request: RequestState) -> Demand | None:
         fingerprint = self._registry.fingerprint
         if fingerprint is None:
             return None
@@ -340,12 +321,12 @@ class Dispatch:
         )
 
     def _place(
-        self, request: _Request, demand: Demand, prefill_id: str, decode_id: str | None, now_s: float
+        self, request: RequestState, demand: Demand, prefill_id: str, decode_id: str | None, now_s: float
     ) -> list[Instruction]:
         prefill, decode = self._key(prefill_id), None if decode_id is None else self._key(decode_id)
         transfer_id = self._ids.next()
         request.epoch += 1
-        request.placement = _Placement(transfer_id, prefill, decode, decode_holds=decode is not None)
+        request.placement = Placement(transfer_id, prefill, decode, decode_holds=decode is not None)
         self._by_transfer[transfer_id] = request
         self.loads.placed(transfer_id, demand, prefill, decode)
         submission, epoch = request.submission, request.epoch
@@ -360,13 +341,37 @@ class Dispatch:
         assert worker is not None, "chosen among those present"
         return worker.key
 
+    def _move_streams(self, now_s: float) -> list[Instruction]:
+        """Give streams of draining decode workers another pair, few at a time: each is computed again there."""
+        draining = {worker.key for worker in self._registry.decodes if worker.is_draining}
+        if not draining:
+            return []
+        out: list[Instruction] = []
+        num_moving = sum(request.is_moving for request in self._by_transfer.values())
+        for request in list(self._by_transfer.values()):
+            placement = request.placement
+            assert placement is not None
+            if num_moving >= MAX_MOVING:
+                break
+            if placement.decode not in draining or not placement.is_steady or not request.is_worth_moving:
+                continue
+            demand = self._demand(request)
+            pair = None if demand is None else self.loads.choose(demand, ())
+            if demand is None or pair is None:
+                break
+            out += self._release(request, "its decode worker is draining")
+            out += self._place(request, demand, pair.prefill_id, pair.decode_id, now_s)
+            request.is_moving = True
+            num_moving += 1
+        return out
+
     # --- leaving workers ---
 
-    def _current(self, transfer_id: int) -> _Request | None:
+    def _current(self, transfer_id: int) -> RequestState | None:
         """Return the request whose present placement this is; others are history."""
         return self._by_transfer.get(transfer_id)
 
-    def _left(self, key: WorkerKey, transfer_id: int) -> _Request | None:
+    def _left(self, key: WorkerKey, transfer_id: int) -> RequestState | None:
         """Note that a worker holds nothing of a present placement any more; None if the placement is history."""
         request = self._current(transfer_id)
         placement = None if request is None else request.placement
@@ -376,7 +381,7 @@ class Dispatch:
         placement.decode_holds &= placement.decode != key
         return request
 
-    def _replace(self, request: _Request, reason: str, now_s: float, place: bool = True) -> list[Instruction]:
+    def _replace(self, request: RequestState, reason: str, now_s: float, place: bool = True) -> list[Instruction]:
         """Give up a placement that failed: queue the request again, or fail it when that happened too often."""
         request.num_failures += 1
         if request.num_failures < self._max_placements:
@@ -385,20 +390,20 @@ class Dispatch:
         error = RequestFailed(f"gave up after {request.num_failures} failed placements; the last: {reason}")
         return self._end(request, Fail(request.request_id, error), reason)
 
-    def _requeue(self, request: _Request, reason: str, waiting_since_s: float) -> list[Instruction]:
+    def _requeue(self, request: RequestState, reason: str, waiting_since_s: float) -> list[Instruction]:
         out = self._release(request, reason)
         request.waiting_since_s = waiting_since_s
         bisect.insort(self._queue, request, key=lambda r: r.order)
         return out
 
-    def _end(self, request: _Request, terminal: Terminal, reason: str) -> list[Instruction]:
+    def _end(self, request: RequestState, terminal: Terminal, reason: str) -> list[Instruction]:
         out = self._release(request, reason)
         if request in self._queue:
             self._queue.remove(request)
         del self._requests[request.request_id]
         return [*out, terminal]
 
-    def _release(self, request: _Request, reason: str) -> list[Instruction]:
+    def _release(self, request: RequestState, reason: str) -> list[Instruction]:
         """End the present placement: abort it wherever it is held."""
         placement, request.placement = request.placement, None
         if placement is None:

@@ -68,12 +68,13 @@ class ChoiceRun:
 class Session:
     """One open request of the API. Its events are pieces (choice index, piece), or the error that ends it."""
 
-    def __init__(self, job: Job, close: Callable[[Session], None]) -> None:
+    def __init__(self, job: Job, close: Callable[[Session], None], switch: Callable[[Session, bool], None]) -> None:
         self.job = job
         self.request_ids: list[int] = []
         self.num_unfinished = len(job.choices)
         self.num_cached_tokens = 0
         self._close = close
+        self._switch = switch
         self._events: deque[tuple[int, Piece] | RequestFailed] = deque()
         self._has_events = asyncio.Event()
         self._sink: Sink | None = None
@@ -133,6 +134,14 @@ class Session:
         if id(choice.prompt) not in self._seen_prompts:
             self._seen_prompts.add(id(choice.prompt))
             self.num_cached_tokens += num_cached_tokens
+
+    def pause(self) -> None:
+        """Stop generating until `go_on`: every choice gives up its workers and what it holds there. Idempotent."""
+        self._switch(self, False)
+
+    def go_on(self) -> None:
+        """Go on after a pause, token for token; idempotent."""
+        self._switch(self, True)
 
     def close(self) -> None:
         """Cancel what still runs; idempotent."""
@@ -198,7 +207,7 @@ class Switchboard:
     def open(self, job: Job, arrived_s: float) -> Session:
         """Submit every choice of a job; the caller must close the session. Raises as `check_capacity` does."""
         self.check_capacity(len(job.choices))
-        session = Session(job, self._close)
+        session = Session(job, self._close, self._switch)
         now_s = self._clock()
         self.idle.clear()
         for choice in job.choices:
@@ -216,6 +225,12 @@ class Switchboard:
         for request_id in session.request_ids:
             if request_id in self._runs:
                 self._run(self.dispatch.cancel(request_id, self._clock()))
+
+    def _switch(self, session: Session, goes_on: bool) -> None:
+        change = self.dispatch.go_on if goes_on else self.dispatch.pause
+        for request_id in session.request_ids:
+            if request_id in self._runs:
+                self._run(change(request_id, self._clock()))
 
     # --- for workers ---
 

@@ -349,3 +349,72 @@ def test_ids_are_unlike_those_of_other_routers_and_fit_the_wire() -> None:
     a, b = IdSource(), IdSource()
     ids = {source.next() for source in (a, b) for _ in range(100)}
     assert len(ids) == 200 and all(0 < i < 1 << 63 for i in ids)
+
+
+# --- streams that are moved, and streams that nobody reads ---
+
+
+def streaming(d: Dispatch, request_id: int, num_tokens: int, max_tokens: int) -> str:
+    """Submit a request and bring it to this many tokens; return its decode worker."""
+    out = d.submit(submission(request_id, max_tokens=max_tokens), 0)
+    transfer_id = prefill(out).transfer_id
+    prefill_id, decode_id = (next(w for name, w in sent(out) if name == kind) for kind in ("Prefill", "Reserve"))
+    d.first_token(key(prefill_id), first_token(transfer_id, row(request_id, 0, 0)), 0)
+    d.tokens(key(decode_id), [row(request_id, 0, index) for index in range(1, num_tokens)], 0)
+    return decode_id
+
+
+def test_streams_of_a_draining_decode_worker_move_a_few_at_a_time() -> None:
+    registry = cluster(1, 1, max_num_seqs=8)
+    d = dispatch(registry)
+    assert {streaming(d, request_id, 3, 50) for request_id in (1, 2, 3)} == {"d0"}
+    add(registry, "d1", max_num_seqs=8)
+    link_all(registry)
+    registry.heartbeat(key("d0"), beat(is_draining=True), 1)
+    out = d.tick(1)
+    assert sent(out) == [("Abort", "d0"), ("Reserve", "d1"), ("Prefill", "p0")] * 2
+    assert reserve(out).emitted == (1000, 1001, 1002) and reserve(out).epoch == 1
+    assert d.tick(1.1) == [], "two at a time"
+    assert delivered(d.tokens(key("d0"), [row(3, 0, 3)], 1.2)) == [3], "who waits goes on"
+    assert d.tokens(key("d0"), [row(1, 0, 3)], 1.2) == [], "who has moved does not"
+    assert delivered(d.tokens(key("d1"), [row(1, 1, 3)], 1.3)) == [3]
+    assert sent(d.tick(1.4)) == [("Abort", "d0"), ("Reserve", "d1"), ("Prefill", "p0")]
+
+
+def test_a_stream_that_is_nearly_done_or_has_nowhere_to_go_stays_where_it_drains() -> None:
+    registry = cluster(1, 1)
+    d = dispatch(registry)
+    streaming(d, 1, 3, 50)
+    streaming(d, 2, 5, 8)
+    registry.heartbeat(key("d0"), beat(is_draining=True), 1)
+    assert d.tick(1) == [], "nobody else is there"
+    add(registry, "d1")
+    link_all(registry)
+    out = d.tick(2)
+    assert sent(out) == [("Abort", "d0"), ("Reserve", "d1"), ("Prefill", "p0")] and reserve(out).request_id == 1
+    assert delivered(d.tokens(key("d0"), [row(2, 0, index) for index in (5, 6)], 3)) == [5, 6]
+    assert ends(d.tokens(key("d0"), [row(2, 0, 7, LENGTH)], 3)) == [Finish(2, LENGTH)]
+
+
+def test_a_paused_stream_holds_nothing_and_goes_on_with_what_its_client_has() -> None:
+    d = dispatch(cluster())
+    streaming(d, 1, 3, 50)
+    assert sent(d.pause(1, 1)) == [("Abort", "d0")]
+    assert d.pause(1, 1) == [] and (d.num_running, d.num_waiting) == (0, 0)
+    assert d.tokens(key("d0"), [row(1, 0, 3)], 1) == []
+    assert d.tick(100) == [], "it waits for its client, not for workers"
+    out = d.go_on(1, 101)
+    assert reserve(out).emitted == (1000, 1001, 1002) and reserve(out).epoch == 1
+    assert d.go_on(1, 101) == []
+    assert delivered(d.tokens(key("d0"), [row(1, 1, 3)], 102)) == [3]
+
+
+def test_a_paused_request_can_be_cancelled_and_one_that_waits_can_be_paused() -> None:
+    registry = cluster(1, 1, max_num_seqs=1)
+    d = dispatch(registry)
+    streaming(d, 1, 3, 50)
+    assert d.submit(submission(2), 0) == [] and d.num_waiting == 1
+    assert d.pause(2, 0) == [] and d.num_waiting == 0
+    assert sent(d.pause(1, 0)) == [("Abort", "d0")]
+    assert d.cancel(1, 0) == [Cancelled(1)]
+    assert sent(d.go_on(2, 0)) == [("Reserve", "d0"), ("Prefill", "p0")]

@@ -12,7 +12,7 @@ from protocol.wire import Abort, Declined, FirstToken, Preempted, Prefill, Reser
 from router.dispatch import Dispatch
 from router.instructions import Deliver, IdSource, Instruction, Placed, Send, Terminal
 from router.members import WorkerKey
-from tests.router.cluster import add, cluster, first_token, link_all, row, submission
+from tests.router.cluster import add, beat, cluster, first_token, link_all, row, submission
 
 
 class World:
@@ -117,9 +117,9 @@ class World:
         else:
             self.do(d.declined(key, Declined(transfer_id=transfer_id, reason="x"), self.now_s))
 
-    def lose_worker(self) -> None:
+    def lose_worker(self, worker_id: str | None = None) -> None:
         """Kill one worker, and start it again."""
-        worker_id = self.rng.choice(list(self.instances))
+        worker_id = worker_id or self.rng.choice(list(self.instances))
         key = WorkerKey(worker_id, self.instances[worker_id])
         for store in (self.prefills, self.reserved):
             for transfer_id in [t for t, (k, _) in store.items() if k == key]:
@@ -131,6 +131,12 @@ class World:
         self.instances[worker_id] += 1
         add(self.registry, worker_id, self.instances[worker_id], self.now_s, num_blocks=24, max_num_seqs=4)
         link_all(self.registry)
+        self.do(self.dispatch.tick(self.now_s))
+
+    def drain_worker(self) -> None:
+        """Let a decode worker take nothing new."""
+        worker = self.rng.choice(self.registry.decodes)
+        self.registry.heartbeat(worker.key, beat(is_draining=True), self.now_s)
         self.do(self.dispatch.tick(self.now_s))
 
     def repeat(self) -> None:
@@ -162,13 +168,30 @@ class World:
         leave = self.dispatch.cancel if self.rng.random() < 0.5 else self.dispatch.stop
         self.do(leave(request_id, self.now_s))
 
+    def pause(self) -> None:
+        """Stop reading."""
+        if self.tokens:
+            request_id = self.rng.randint(1, len(self.tokens))
+            self.do(self.dispatch.pause(request_id, self.now_s))
+            held = [m.request_id for _, m in [*self.prefills.values(), *self.reserved.values()]]
+            assert request_id not in held, "who is paused holds nothing anywhere"
+
+    def read_on(self) -> None:
+        """Read again."""
+        if self.tokens:
+            self.do(self.dispatch.go_on(self.rng.randint(1, len(self.tokens)), self.now_s))
+
     def wait(self) -> None:
         """Let time pass."""
         self.now_s += self.rng.choice([0.01, 0.3, 1.0])
         self.do(self.dispatch.tick(self.now_s))
 
     def settle(self) -> None:
-        """Let everything finish without faults."""
+        """Let everything finish without faults: every client reads, and workers that drain come back."""
+        for request_id in self.tokens:
+            self.do(self.dispatch.go_on(request_id, self.now_s))
+        for worker in [w for w in self.registry.decodes if w.is_draining]:
+            self.lose_worker(worker.key.worker_id)
         for _ in range(5000):
             if len(self.ended) == len(self.tokens):
                 return
@@ -179,7 +202,7 @@ class World:
 
 
 ACTIONS = ["submit"] * 4 + ["prefill_one"] * 6 + ["decode_step"] * 10 + ["wait"] * 3 + ["leave", "refuse", "repeat"] * 2
-ACTIONS += ["lose_worker"]
+ACTIONS += ["lose_worker", "drain_worker", "pause", "read_on", "read_on"]
 
 
 @settings(max_examples=150, deadline=None)
