@@ -316,6 +316,7 @@ def _router() -> tuple[Option, ...]:
             help="Port that workers connect to.",
         ),
         limit("max-num-requests", whole, "requests", "Unfinished requests; more are answered with 429."),
+        limit("max-wait-s", number, "s", "While a newcomer would wait longer for its first token, 429 is the answer."),
         limit("max-body-bytes", whole, "bytes", "Longest HTTP body; longer ones are answered with 413."),
         limit("heartbeat-s", number, "s", "How often workers report."),
         limit("lease-ttl-s", number, "s", "A worker silent for this long is lost."),
@@ -324,6 +325,8 @@ def _router() -> tuple[Option, ...]:
         limit("ttft-slo-per-token-s", number, "s", "What each prompt token adds to that deadline."),
         limit("max-placements", whole, "times", "How many placements of one request may fail before it does."),
         limit("placement-wait-s", number, "s", "How long an accepted request may wait for workers."),
+        limit("client-stall-s", number, "s", "A client that reads nothing of its stream for this long is cut."),
+        limit("max-resume-s", number, "s", "Longest time that a stream is kept for a client that lost its connection."),
         Option(
             name="http-fd", group=group, roles=ROUTER, parse=whole, fills=((RouterConfig, "http_fd"),),
             is_hidden=True, help="Listening socket inherited for clients.",

@@ -1,9 +1,11 @@
 """A router process, from start to end.
 
-    load tokenizer ─► listen for workers and clients ─► serve ─SIGTERM─► drain ─► close ─► exit code 0
+    load tokenizer ─► listen for workers and clients ─► serve ─SIGINT, SIGTERM─► drain ─► close ─► exit code 0
 
 1. Both ports are open before the first worker is there; /health says 503 and what is missing.
 2. Draining: new requests get 503, running ones go on until they finish or `drain_s` is over. A second signal ends it.
+3. SIGTERM to a router whose sockets are a supervisor's means that a successor follows: nothing is refused. New
+   connections wait in the socket for it; each open one may bring one more request, and is closed with the answer.
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ class Router:
         self._control = ControlServer(config, self.switchboard)
         self._http = HttpServer(config, tokenizer, self.switchboard, metrics)
         self._runners: list[web.AppRunner] = []
+        self._is_handing_over = False
         self.clock: asyncio.Task[None] | None = None
         self.http_port = self.control_port = 0
 
@@ -59,14 +62,24 @@ class Router:
         self.control_port = await self._listen(
             self._control.app(), config.control_host, config.control_port, config.control_fd
         )
-        self.http_port = await self._listen(self._http.app(), config.http_host, config.http_port, config.http_fd)
+        app = self._http.app()
+        app.on_response_prepare.append(self._close_after)
+        self.http_port = await self._listen(app, config.http_host, config.http_port, config.http_fd)
         self.clock = asyncio.create_task(self._control.keep_time())
         log.info("clients on port %d, workers on port %d", self.http_port, self.control_port)
 
-    async def drain(self) -> None:
-        """Take nothing new and wait for what runs, at most `drain_s`. Cancel-safe."""
-        self.switchboard.is_draining = True
+    async def drain(self, has_successor: bool = False) -> None:
+        """Take nothing new and wait for what runs, at most `drain_s`. Cancel-safe.
+
+        Args:
+            has_successor: leave new connections in the socket, which is not ours alone, and refuse nothing.
+        """
         log.info("draining %d requests", self.switchboard.num_requests)
+        if has_successor:
+            self._is_handing_over = True
+            await asyncio.gather(*(site.stop() for site in self._runners[-1].sites))
+        else:
+            self.switchboard.is_draining = True
         with suppress(TimeoutError):
             async with asyncio.timeout(self._config.drain_s):
                 await self.switchboard.idle.wait()
@@ -86,6 +99,10 @@ class Router:
             with suppress(asyncio.CancelledError):
                 await self.clock
         self._http.close()
+
+    async def _close_after(self, _: web.Request, response: web.StreamResponse) -> None:
+        if self._is_handing_over:
+            response.force_close()
 
     async def _listen(self, app: web.Application, host: str, port: int, fd: int | None) -> int:
         # A client that leaves must cancel its handler: that is what aborts its request.
@@ -112,13 +129,15 @@ async def run(config: RouterConfig) -> int:
     tokenizer = await asyncio.to_thread(Tokenizer, config.model_path, config.chat_template)
     router = Router(config, tokenizer)
     stop, stop_now = asyncio.Event(), asyncio.Event()
+    signals: list[int] = []
 
-    def on_signal() -> None:
+    def on_signal(number: int) -> None:
+        signals.append(number)
         (stop_now if stop.is_set() else stop).set()
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal)
+        loop.add_signal_handler(number, on_signal, number)
     try:
         await router.start()
         # What is there now stays: a collection that walks through it would hold up every stream for tens of ms.
@@ -128,7 +147,8 @@ async def run(config: RouterConfig) -> int:
         if router.clock.done():
             log.error("the router's clock stopped", exc_info=router.clock.exception())
             return 1
-        await _first_of(router.drain(), stop_now.wait())
+        has_successor = signals[0] == signal.SIGTERM and config.http_fd is not None
+        await _first_of(router.drain(has_successor), stop_now.wait())
         return 0
     finally:
         await router.close()

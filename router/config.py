@@ -20,6 +20,7 @@ class RouterConfig:
         chat_template: text of a Jinja template that replaces the model's own, or None.
         max_model_len: upper bound of prompt plus output tokens, or None for what the workers report.
         max_num_requests: accepted and unfinished requests; more are shed with 429.
+        max_wait_s: requests are shed with 429 while a newcomer would wait longer than this for its first token.
         max_body_bytes: larger HTTP bodies get 413.
         heartbeat_s, lease_ttl_s: what workers are told; a worker silent for `lease_ttl_s` is lost.
         stall_s: a worker with work in hand whose compute makes no progress for this long is lost: longer than any step.
@@ -28,6 +29,8 @@ class RouterConfig:
         max_placements: a request fails with its placement of this number that failed; giving way, or being declined,
             is no failure.
         placement_wait_s: how long an accepted request may wait for a pair of workers.
+        client_stall_s: a client that reads nothing of its stream for this long, though there is something, is cut.
+        max_resume_s: longest time that a client may ask its stream to be kept for after it lost the connection.
         drain_s: on SIGTERM, how long running streams may take to finish.
     """
 
@@ -43,6 +46,7 @@ class RouterConfig:
     chat_template: str | None = None
     max_model_len: int | None = None
     max_num_requests: int = 1024
+    max_wait_s: float = 30.0
     max_body_bytes: int = 16 << 20
     heartbeat_s: float = 0.5
     lease_ttl_s: float = 3.0
@@ -51,6 +55,8 @@ class RouterConfig:
     ttft_slo_per_token_s: float = 0.002
     max_placements: int = 5
     placement_wait_s: float = 30.0
+    client_stall_s: float = 30.0
+    max_resume_s: float = 60.0
     drain_s: float = 30.0
 
     def __post_init__(self) -> None:
@@ -61,7 +67,8 @@ class RouterConfig:
         for name in ("max_num_requests", "max_body_bytes", "max_placements"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("heartbeat_s", "stall_s", "ttft_slo_s", "placement_wait_s"):
+        positive = ("heartbeat_s", "stall_s", "ttft_slo_s", "placement_wait_s", "max_wait_s", "client_stall_s")
+        for name in (*positive, "max_resume_s"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
         if self.lease_ttl_s < 2 * self.heartbeat_s:

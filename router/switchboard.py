@@ -42,6 +42,7 @@ from router.instructions import Cancelled, Deliver, Fail, Finish, IdSource, Inst
 from router.intake import Choice, Job
 from router.members import Refusal, Registry, Worker, WorkerKey
 from router.metrics import Metrics
+from router.pace import Pace
 from router.text import ChoiceText, Piece
 from router.tokenizer import Tokenizer
 
@@ -165,6 +166,7 @@ class Switchboard:
         self._metrics = metrics
         self._clock = clock
         self._ids = IdSource()
+        self.pace = Pace()
         self.dispatch = Dispatch(self.registry, config.max_placements, config.placement_wait_s, self._ids)
         self._runs: dict[int, ChoiceRun] = {}
         self._channels: dict[WorkerKey, Channel] = {}
@@ -189,7 +191,7 @@ class Switchboard:
 
         Raises:
             NotReady: draining, or no worker has registered yet.
-            Overloaded: too many unfinished requests.
+            Overloaded: too many unfinished requests, or a newcomer would wait too long.
         """
         if self.is_draining:
             raise NotReady("the server is shutting down")
@@ -201,6 +203,12 @@ class Switchboard:
             raise Overloaded(
                 f"{len(self._runs)} requests are unfinished, the limit is {self._config.max_num_requests}",
                 OVERLOAD_RETRY_S,
+            )
+        if (wait_s := self.pace.wait_s()) > self._config.max_wait_s:
+            self._metrics.shed()
+            raise Overloaded(
+                f"a first token would take some {wait_s:.1f} s, the limit is {self._config.max_wait_s:g} s",
+                wait_s - self._config.max_wait_s,
             )
         return max_model_len
 
@@ -218,6 +226,7 @@ class Switchboard:
             due_s = arrived_s + self._config.ttft_slo_s + num_tokens * self._config.ttft_slo_per_token_s
             submission = Submission(request_id, choice.prompt.token_ids, choice.sampling, due_s, job.cache_salt)
             self._metrics.accepted(num_tokens)
+            self.pace.begin(request_id, num_tokens, now_s)
             self._run(self.dispatch.submit(submission, now_s))
         return session
 
@@ -370,20 +379,24 @@ class Switchboard:
                     if run := self._runs.get(request_id):
                         run.timeline.placed(self._clock())
                 case Finish(request_id, reason):
-                    run = self._runs.pop(request_id)
+                    run = self._end(request_id)
                     run.timeline.finished(self._clock())
                     finished = run.piece.finish_reason if run.piece else None
                     self._metrics.finished(run.timeline, finished or reason)
                     run.session.end_choice()
                 case Fail(request_id, error):
-                    run = self._runs.pop(request_id)
+                    run = self._end(request_id)
                     self._metrics.failed("not_ready" if isinstance(error, NotReady) else "placements")
                     run.session.put(error)
                 case Cancelled(request_id):
-                    self._runs.pop(request_id)
+                    self._end(request_id)
                     self._metrics.cancelled()
         if not self._runs:
             self.idle.set()
+
+    def _end(self, request_id: int) -> ChoiceRun:
+        self.pace.gone(request_id, self._clock())
+        return self._runs.pop(request_id)
 
     def _deliver(self, deliver: Deliver) -> list[Instruction]:
         """Give a token to its choice; returns the end of the request where a stop string is complete."""
@@ -394,6 +407,7 @@ class Switchboard:
         timeline, row, first = run.timeline, deliver.row, deliver.first
         self._metrics.token(timeline, timeline.token(now_s))
         if first is not None:
+            self.pace.served(deliver.request_id, now_s)
             self._metrics.prefilled(timeline, first)
             run.session.note_prefill(run.choice, first.num_cached_tokens)
         piece = run.piece = run.text.feed(row)

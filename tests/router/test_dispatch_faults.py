@@ -173,7 +173,8 @@ class World:
         if self.tokens:
             request_id = self.rng.randint(1, len(self.tokens))
             self.do(self.dispatch.pause(request_id, self.now_s))
-            held = [m.request_id for _, m in [*self.prefills.values(), *self.reserved.values()]]
+            held = [m.request_id for _, m in self.prefills.values()]
+            held += [m.request_id for _, m in self.reserved.values()]
             assert request_id not in held, "who is paused holds nothing anywhere"
 
     def read_on(self) -> None:

@@ -248,6 +248,25 @@ async def test_failing_in_the_stream_is_an_error_event(tokenizer: Tokenizer) -> 
         assert "[DONE]" not in found
 
 
+async def test_a_newcomer_who_would_wait_too_long_is_shed(tokenizer: Tokenizer) -> None:
+    async with staged(tokenizer, max_wait_s=0.5) as stage:
+        prefill, decode = await stage.pair()
+        slow = asyncio.create_task(stage.post(CHAT, {**HI, "max_tokens": 1}))
+        await asyncio.sleep(0.7)
+        await prefill.first(byte_id("a"), LENGTH)
+        assert (await slow)[0] == 200
+        # The pace is one such request in 0.7 s: who comes alone is not made to wait for anyone.
+        waiting = asyncio.create_task(stage.post(CHAT, {**HI, "max_tokens": 1}))
+        await prefill.hear(Prefill)
+        status, body, headers = await stage.post(CHAT, HI)
+        assert (status, body["error"]["type"], headers["Retry-After"]) == (429, "rate_limit_error", "1")
+        assert "the limit is 0.5 s" in body["error"]["message"]
+        waiting.cancel()
+        await stage.until(lambda: stage.router.switchboard.num_requests == 0)
+        assert stage.router.switchboard.check_capacity() > 0, "nobody waits any more"
+        await decode.close()
+
+
 async def test_too_many_requests_are_shed_with_retry_after(tokenizer: Tokenizer) -> None:
     async with staged(tokenizer, max_num_requests=1) as stage:
         prefill, decode = await stage.pair()
