@@ -84,7 +84,7 @@ class ControlServer:
             channel.post(Dismissed(reason=result.reason[:4000], is_final=result.is_final))
             await channel.close()
             return
-        reason = "the router ends"
+        reason = "its connection was cut"
         try:
             config = self._config
             channel.post(
