@@ -3,8 +3,9 @@
 1. Bind both listening sockets, so that a busy port is told before anything is fetched or started.
 2. Find the model once; the children get its path.
 3. Make a private run folder with the cluster secret, unless a secret file was given.
-4. Start the children. The router inherits the sockets, which stay open here: clients that connect while it is being
-   restarted wait in the queue instead of being refused.
+4. Start the children. Workers are forked by a nursery, which imports torch once for all of them and never again. The
+   router inherits the sockets, which stay open here: clients that connect while it is being restarted wait in the queue
+   instead of being refused.
 5. Ask the router's /health until a pair of workers is ready, then say where and how to use it.
 6. On SIGTERM or SIGINT: the router ends its streams first, then the workers end; a second signal, or the budget
    running out, kills what is left. The folder is removed.
@@ -31,6 +32,7 @@ from urllib.parse import urlsplit
 
 from baton.config import ResolvedModel, ServeConfig, child_environment, computes_on_gpu, resolve_model
 from baton.cores import WorkerCores
+from baton.nursery import Nursery
 from baton.options import options_of
 from baton.settings import Settings
 from baton.startup import Startup, new_startup
@@ -45,6 +47,8 @@ KILL_GRACE_S = 2.0
 ROUTER_STAGE = 0
 WORKER_STAGE = 1
 # numpy's BLAS threads spin from the moment of its import, on cores that the start needs, and are never used here.
+# -P keeps the working folder off the import path: a folder called `model` there must not stand in for ours.
+BATON = (sys.executable, "-P", "-m", "baton")
 CHILD_DEFAULTS = {"OPENBLAS_NUM_THREADS": "1"}
 ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
@@ -128,19 +132,23 @@ def child_specs(config: ServeConfig, model: ResolvedModel, sockets: Sockets, sec
     shared: dict[str, Any] = {"secret_file": secret_path}
     names = served_names(settings, model)
     router = shared | {"served_model_name": names, "http_fd": fds[0], "control_fd": fds[1]}
-    specs = [ChildSpec("router", child_command(settings, "router", model, router), ROUTER_STAGE, fds)]
+    # SIGTERM means to a router with inherited sockets that a successor takes over; here everything ends.
+    command = child_command(settings, "router", model, router)
+    specs = [ChildSpec("router", command, ROUTER_STAGE, fds, stop_signal=signal.SIGINT)]
     host, port = sockets.control.getsockname()[:2]
     shared |= {"router_url": (_url(host, port),)} | _memory_option(config)
     if config.cores is None:
         overrides = shared | {"worker_id": "colocated-0"}
-        command = child_command(settings, "colocated", model, overrides)
-        return (*specs, ChildSpec("colocated-0", command, WORKER_STAGE))
+        return (*specs, _worker_spec("colocated-0", child_command(settings, "colocated", model, overrides)))
     for role, plan in (("prefill", config.cores.prefill), ("decode", config.cores.decode)):
         for index, share in enumerate(plan):
             overrides = shared | {"worker_id": f"{role}-{index}"} | _core_options(share)
-            command = child_command(settings, role, model, overrides)
-            specs.append(ChildSpec(f"{role}-{index}", command, WORKER_STAGE))
+            specs.append(_worker_spec(f"{role}-{index}", child_command(settings, role, model, overrides)))
     return tuple(specs)
+
+
+def _worker_spec(name: str, command: tuple[str, ...]) -> ChildSpec:
+    return ChildSpec(name, command, WORKER_STAGE, arguments=command[len(BATON) :])
 
 
 def served_names(settings: Settings, model: ResolvedModel) -> tuple[str, ...]:
@@ -165,8 +173,7 @@ def _core_options(share: WorkerCores) -> dict[str, Any]:
 
 def child_command(settings: Settings, role: str, model: ResolvedModel, overrides: Mapping[str, Any]) -> tuple[str, ...]:
     """Write the command line of one child: what the user gave as far as the role takes it, and the overrides."""
-    # -P keeps the working folder off the import path: a folder called `model` there must not stand in for ours.
-    command = [sys.executable, "-P", "-m", "baton", role, model.reference]
+    command = [*BATON, role, model.reference]
     for option in options_of(role):
         if option.key in overrides:
             value = overrides[option.key]
@@ -189,7 +196,10 @@ async def supervise(config: ServeConfig, specs: tuple[ChildSpec, ...], sockets: 
     startup = new_startup([spec.name for spec in specs])
     started_s = time.monotonic()
     sockets.listen()
-    supervisor = Supervisor(specs, startup.on_line, CHILD_DEFAULTS | child_environment())
+    environment = CHILD_DEFAULTS | child_environment()
+    nursery = Nursery(environment)
+    supervisor = Supervisor(specs, startup.on_line, environment, nursery=nursery)
+    nursery.start()
     supervisor.start()
     await asyncio.sleep(0)  # the children are on their way before the display takes time to come up
     try:
@@ -206,6 +216,7 @@ async def supervise(config: ServeConfig, specs: tuple[ChildSpec, ...], sockets: 
             print(f"ending: running requests have {config.drain_s:g} s", file=sys.stderr, flush=True)
         if not await supervisor.drain(budget_s, hurry):
             print("ended by force: not everything had finished", file=sys.stderr, flush=True)
+        await nursery.close()
     return 0
 
 

@@ -5,7 +5,7 @@
         └─ not ready and out of attempts, or its configuration cannot be used ─► the whole set has failed
 
 1. A child lives in a session of its own, so that Ctrl-C reaches it only through here, in order; and it dies with this
-   process, however that ends (PR_SET_PDEATHSIG).
+   process, however that ends (PR_SET_PDEATHSIG). It is forked by the nursery where it may be, else started by exec.
 2. Its output is read line by line, handed on, and its last lines kept for the message that says why it failed.
 3. An ended child is started again after a pause that doubles, and is short again once the child has run for a while.
 4. Until `mark_ready`, giving up is right: a child that never worked will not work by itself.
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import os
 import signal
 import time
@@ -23,16 +22,14 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from baton.nursery import AdoptedProcess, Nursery, die_with
 from protocol.errors import BatonError
 
 EXIT_UNUSABLE = 2
-PR_SET_PDEATHSIG = 1
 READ_BYTES = 65536
 MAX_LINE_BYTES = 16384
 NUM_KEPT_LINES = 20
 OUTPUT_GRACE_S = 1.0
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class ChildrenFailed(BatonError):
@@ -48,12 +45,16 @@ class ChildSpec:
         command: what is executed.
         stage: children of a lower stage are asked to end first; the next stage follows when they have.
         pass_fds: descriptors it inherits, under the same numbers.
+        arguments: of `baton`, for the nursery to fork it with; None: always by exec.
+        stop_signal: what asks it to end when the whole set does.
     """
 
     name: str
     command: tuple[str, ...]
     stage: int = 0
     pass_fds: tuple[int, ...] = ()
+    arguments: tuple[str, ...] | None = None
+    stop_signal: signal.Signals = signal.SIGTERM
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,16 +64,16 @@ class RestartPolicy:
     Before the set was ready once, `max_attempts` failures of one child end it.
     """
 
-    first_s: float = 0.2
+    first_s: float = 0.05
     longest_s: float = 5.0
-    healthy_s: float = 30.0
+    healthy_s: float = 3.0
     max_attempts: int = 5
 
 
 @dataclass(slots=True)
 class _Child:
     spec: ChildSpec
-    process: asyncio.subprocess.Process | None = None
+    process: asyncio.subprocess.Process | AdoptedProcess | None = None
     num_failures: int = 0
     last_lines: deque[str] = field(default_factory=lambda: deque(maxlen=NUM_KEPT_LINES))
 
@@ -85,6 +86,7 @@ class Supervisor:
         on_line: takes (child name, line) for each line that a child writes.
         environment: what the children start with.
         policy: pauses and attempts.
+        nursery: started by the caller; forks those children that have `arguments`.
     """
 
     def __init__(
@@ -93,10 +95,12 @@ class Supervisor:
         on_line: Callable[[str, str], None],
         environment: Mapping[str, str],
         policy: RestartPolicy | None = None,
+        nursery: Nursery | None = None,
     ) -> None:
         self._children = [_Child(spec) for spec in specs]
         self._on_line = on_line
         self._environment = dict(environment)
+        self._nursery = nursery
         self._policy = policy or RestartPolicy()
         self._tasks: list[asyncio.Task[None]] = []
         self._stopping = asyncio.Event()
@@ -131,7 +135,7 @@ class Supervisor:
             for stage in sorted({child.spec.stage for child in self._children}):
                 members = [child for child in self._children if child.spec.stage == stage]
                 for child in members:
-                    _signal(child, signal.SIGTERM)
+                    _signal(child, child.spec.stop_signal)
                 names = {child.spec.name for child in members}
                 tasks = {task for task in self._tasks if task.get_name() in names}
                 while tasks and not hurried.done() and (left_s := deadline_s - time.monotonic()) > 0:
@@ -177,17 +181,20 @@ class Supervisor:
         else:
             child.process = process
             if self._stopping.is_set():  # the drain began while it was being started and has not seen it
-                _signal(child, signal.SIGTERM)
+                _signal(child, child.spec.stop_signal)
             code = await process.wait()
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # what it left behind must not go on without it
+            _end_group(process.pid)
             return code
         finally:
             os.close(write_fd)
             await asyncio.wait({reading}, timeout=OUTPUT_GRACE_S)
             reading.cancel()
 
-    async def _spawn(self, spec: ChildSpec, output_fd: int) -> asyncio.subprocess.Process:
+    async def _spawn(self, spec: ChildSpec, output_fd: int) -> asyncio.subprocess.Process | AdoptedProcess:
+        if self._nursery is not None and spec.arguments is not None:
+            process = await self._nursery.fork(spec.arguments, output_fd)
+            if process is not None:
+                return process
         parent_pid = os.getpid()
         return await asyncio.create_subprocess_exec(
             *spec.command,
@@ -197,7 +204,7 @@ class Supervisor:
             env=self._environment,
             pass_fds=spec.pass_fds,
             start_new_session=True,
-            preexec_fn=lambda: _die_with(parent_pid),
+            preexec_fn=lambda: die_with(parent_pid),
         )
 
     async def _read(self, child: _Child, read_fd: int) -> None:
@@ -255,8 +262,10 @@ def _describe_exit(code: int) -> str:
     return f"ended with exit code {code}"
 
 
-def _die_with(parent_pid: int) -> None:
-    """Between fork and exec: let the kernel kill this process when its parent is gone, or already is."""
-    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent_pid:
-        os._exit(1)
+def _end_group(group: int) -> None:
+    """Kill what a child left behind, which must not go on without it, and reap what became ours by that."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-group, os.WNOHANG)[0]:
+            pass

@@ -2,7 +2,9 @@
 
 1. Refuse early: draining, not ready, too many unfinished requests. 2. Read and validate the body; long ones are
 tokenised in a thread, so that no prompt holds up another's stream. 3. Nothing is written before the first event: what
-fails until then is an ordinary HTTP error. 4. A client that leaves cancels its handler, and that aborts on the workers.
+fails until then is an ordinary HTTP error. 4. A client that leaves cancels its handler, and that aborts on the workers,
+unless it asked for its stream to be kept (router/resumption.py). 5. A client that does not read pauses its generation,
+and is cut when it has read nothing for `client_stall_s` (router/event_stream.py).
 """
 
 from __future__ import annotations
@@ -17,9 +19,10 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Final, TypeVar
 
+import msgspec
 from aiohttp import web
 
-from protocol.errors import NotReady, Overloaded, RequestFailed, RequestRejected
+from protocol.errors import InvalidRequest, NotReady, Overloaded, RequestFailed, RequestRejected
 from protocol.wire import Role
 from router.api import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, parse
 from router.config import RouterConfig
@@ -27,6 +30,7 @@ from router.event_stream import EventStream
 from router.intake import Intake, Job
 from router.metrics import CONTENT_TYPE, Metrics
 from router.responses import ModelCard, body_of_error, encode_json, error_body
+from router.resumption import Claim, KeptStreams, asks_to_resume, claim_of
 from router.stream import AnswerShape, error_event
 from router.switchboard import OVERLOAD_RETRY_S, Session, Switchboard
 from router.text import Piece
@@ -38,6 +42,7 @@ LONG_BODY_BYTES: Final = 20_000
 BODY_BUDGET_S: Final = 60.0
 NUM_TEXT_THREADS: Final = 2
 MAX_REQUEST_ID_CHARS: Final = 128
+REQUEST_ID: Final = web.RequestKey("request_id", str)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 Result = TypeVar("Result")
@@ -54,6 +59,7 @@ class HttpServer:
         self._intake = Intake(tokenizer, config.served_model_names)
         self._threads = ThreadPoolExecutor(NUM_TEXT_THREADS, thread_name_prefix="text")
         self._started_s = int(time.time())
+        self._kept = KeptStreams(config.max_num_requests, config.client_stall_s)
 
     def app(self) -> web.Application:
         """Return the aiohttp application for clients."""
@@ -73,7 +79,8 @@ class HttpServer:
         return app
 
     def close(self) -> None:
-        """Let the threads go."""
+        """Let the threads go, and what is kept."""
+        self._kept.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     # --- generation ---
@@ -88,10 +95,12 @@ class HttpServer:
         self, request: web.Request, kind: type[ChatRequest] | type[CompletionRequest]
     ) -> web.StreamResponse:
         arrived_s = time.monotonic()
+        if asks_to_resume(request.headers):
+            return await self._resume(request, kind, arrived_s)
         max_model_len = self._switchboard.check_capacity()
         body = await _read(request)
         job, request_id = await self._off_loop(body, partial(self._admit, body, kind, max_model_len))
-        request["request_id"] = name = _request_id(request) or request_id or secrets.token_hex(12)
+        request[REQUEST_ID] = name = _request_id(request) or request_id or secrets.token_hex(12)
         session = self._switchboard.open(job, arrived_s)
         shape = AnswerShape(job, self._tokenizer, name)
         try:
@@ -101,11 +110,38 @@ class HttpServer:
         finally:
             session.close()
 
+    async def _resume(
+        self, request: web.Request, kind: type[ChatRequest] | type[CompletionRequest], arrived_s: float
+    ) -> web.StreamResponse:
+        """Answer with a stream that outlives its connection: a new one, or the rest of one that is kept."""
+        body = await _read(request)
+        asked = request.path.encode() + b"\n" + body
+        claim = claim_of(request.headers, _request_id(request), self._config.max_resume_s, asked)
+        kept = self._kept.find(claim)
+        if kept is None:
+            max_model_len = self._switchboard.check_capacity()
+            job, _ = await self._off_loop(body, partial(self._admit, body, kind, max_model_len, claim))
+            # The same client may have been faster on another connection.
+            kept = self._kept.find(claim)
+            if kept is None:
+                session = self._switchboard.open(job, arrived_s)
+                kept = self._kept.keep(claim, session, AnswerShape(job, self._tokenizer, claim.request_id))
+        return await self._kept.read(kept, request, claim)
+
     def _admit(
-        self, body: bytes, kind: type[ChatRequest] | type[CompletionRequest], max_model_len: int
+        self,
+        body: bytes,
+        kind: type[ChatRequest] | type[CompletionRequest],
+        max_model_len: int,
+        claim: Claim | None = None,
     ) -> tuple[Job, str | None]:
         parsed: ChatRequest | CompletionRequest = parse(body, kind)
-        return self._intake.job(parsed, max_model_len), parsed.request_id
+        if claim is not None and parsed.seed is None:
+            parsed = msgspec.structs.replace(parsed, seed=claim.seed)
+        job = self._intake.job(parsed, max_model_len)
+        if claim is not None and not (job.is_stream and len(job.choices) == 1):
+            raise InvalidRequest("X-Resume-For: only streams with one choice can be resumed", "X-Resume-For")
+        return job, parsed.request_id
 
     async def _whole(self, session: Session, shape: AnswerShape) -> web.StreamResponse:
         choices = [Piece() for _ in session.job.choices]
@@ -117,22 +153,29 @@ class HttpServer:
 
     async def _stream(self, request: web.Request, session: Session, shape: AnswerShape) -> web.StreamResponse:
         events = await session.events()
-        stream = EventStream(request, shape)
+        stream = EventStream(request, shape, session, self._config.client_stall_s)
         await stream.begin()
+        try:
+            await self._follow(session, stream, shape, events)
+        except (ConnectionError, TimeoutError) as error:
+            log.info("stream %s: connection ended: %s", shape.answer_id, error)
+            stream.cut()
+        return stream.response
+
+    async def _follow(
+        self, session: Session, stream: EventStream, shape: AnswerShape, events: list[tuple[int, Piece]]
+    ) -> None:
+        """Write events until the last one has been read; generation waits for a client that does not read."""
         try:
             while events:
                 shape.num_cached_tokens = session.num_cached_tokens
                 await stream.write(events)
                 events = await session.events(stream.offer)
-            await stream.send(shape.closing())
+            await stream.finish(shape.closing())
         except RequestFailed as error:
             log.warning("stream %s failed: %s", shape.answer_id, error)
             stream.response.force_close()
-            await stream.send(error_event(error))
-        except (ConnectionError, TimeoutError) as error:
-            log.debug("stream %s: client is gone: %s", shape.answer_id, error)
-            stream.response.force_close()
-        return stream.response
+            await stream.finish(error_event(error))
 
     async def _off_loop(self, body: bytes, work: Callable[[], Result]) -> Result:
         """Run work on text: here if it is short, in a thread if it is long."""
@@ -223,18 +266,24 @@ def census(switchboard: Switchboard) -> dict[str, Any]:
                 "heard_s_ago": round(now_s - worker.heard_s, 3),
                 "links": sorted(key.worker_id for key in worker.links) if worker.role is Role.DECODE else [],
                 "blocks": blocks,
+                "is_balanced": blocks["free"] + blocks["cached"] + blocks["leased"] == blocks["total"],
                 **counters,
             }
         )
     dispatch = switchboard.dispatch
     requests = {"running": dispatch.num_running, "waiting": dispatch.num_waiting}
-    return {"workers": workers, "requests": requests, "missing": switchboard.registry.missing()}
+    return {
+        "is_balanced": all(worker["is_balanced"] for worker in workers),
+        "workers": workers,
+        "requests": requests,
+        "missing": switchboard.registry.missing(),
+    }
 
 
 @web.middleware
 async def errors_in_openai_shape(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Answer every error as OpenAI would."""
-    request["request_id"] = _request_id(request)
+    request[REQUEST_ID] = _request_id(request) or ""
     try:
         return await handler(request)
     except (RequestRejected, RequestFailed) as error:
@@ -293,6 +342,6 @@ def _request_id(request: web.Request) -> str | None:
 
 
 async def _name_response(request: web.Request, response: web.StreamResponse) -> None:
-    name = request.get("request_id")
+    name = request.get(REQUEST_ID)
     if name and name.isascii() and name.isprintable():
         response.headers["X-Request-ID"] = name

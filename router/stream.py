@@ -74,10 +74,15 @@ class AnswerShape:
         self.num_cached_tokens = 0
 
     @property
+    def num_output_tokens(self) -> int:
+        """Tokens so far, of all choices."""
+        return sum(progress.num_tokens for progress in self._progress)
+
+    @property
     def usage(self) -> Usage:
         """Tokens so far; a prompt counts once, however many choices it has."""
         num_prompt_tokens = sum(len(prompt.token_ids) for prompt in self._job.prompts)
-        return usage_of(num_prompt_tokens, sum(p.num_tokens for p in self._progress), self.num_cached_tokens)
+        return usage_of(num_prompt_tokens, self.num_output_tokens, self.num_cached_tokens)
 
     def chunk(self, index: int, piece: Piece) -> bytes:
         """Return the event for a piece of a choice; empty while there is no text to show for it."""

@@ -169,6 +169,8 @@ class Switchboard:
         self.pace = Pace()
         self.dispatch = Dispatch(self.registry, config.max_placements, config.placement_wait_s, self._ids)
         self._runs: dict[int, ChoiceRun] = {}
+        self._todo: deque[Instruction] = deque()
+        self._is_running = False
         self._channels: dict[WorkerKey, Channel] = {}
         self.idle = asyncio.Event()
         self.idle.set()
@@ -366,7 +368,19 @@ class Switchboard:
     # --- carrying out ---
 
     def _run(self, instructions: list[Instruction]) -> None:
-        todo = deque(instructions)
+        """Carry out, in order; what a client's sink causes meanwhile comes after what was asked before."""
+        self._todo.extend(instructions)
+        if self._is_running:
+            return
+        self._is_running = True
+        try:
+            self._run_all(self._todo)
+        finally:
+            self._is_running = False
+        if not self._runs:
+            self.idle.set()
+
+    def _run_all(self, todo: deque[Instruction]) -> None:
         while todo:
             match todo.popleft():
                 case Deliver() as deliver:
@@ -391,8 +405,6 @@ class Switchboard:
                 case Cancelled(request_id):
                     self._end(request_id)
                     self._metrics.cancelled()
-        if not self._runs:
-            self.idle.set()
 
     def _end(self, request_id: int) -> ChoiceRun:
         self.pace.gone(request_id, self._clock())

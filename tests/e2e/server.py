@@ -61,7 +61,8 @@ class Server:
         for entry in Path("/proc").iterdir():
             if not entry.name.isdigit() or _parent(entry) != self.process.pid:
                 continue
-            command = (entry / "cmdline").read_bytes().split(b"\0")
+            # A forked worker's command line is one string.
+            command = (entry / "cmdline").read_bytes().replace(b" ", b"\0").split(b"\0")
             for role in ("router", "prefill", "decode", "colocated"):
                 if role.encode() in command:
                     found[role] = int(entry.name)

@@ -1,7 +1,14 @@
-"""The big version: `python -m tests.faults --trials 100 [--kinds ...] [--seed 0] [--json FILE]`.
+"""The big version: `python -m tests.faults [COMMAND] ...`; without a command, single trials (`make faults`).
 
-One server for all trials. Each trial prints its seed, its longest gap and what was wrong; the exit code is 1 if
-anything was.
+    trials       one fault each, with a server in peace before and after
+    rounds       many faults in little time under a closed loop: kills and stops of workers
+    phases       prefill workers killed in compute, mid-transfer, after COMMIT
+    disconnects  clients that leave in every phase
+    rolling      every worker ended by SIGTERM in turn, again and again
+    overload     five times the load that the server can carry
+    soak         short requests, random faults, and what the processes' memory does
+
+Each starts one server, prints what it sees, writes it with --json, and ends with exit code 1 if anything was wrong.
 """
 
 from __future__ import annotations
@@ -9,75 +16,198 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import sys
 import tempfile
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from tests.e2e.client import session
+import aiohttp
+
 from tests.e2e.server import Server, serving
-from tests.faults.trials import KINDS, NUM_DECODE, NUM_PREFILL, Outcome, Trial, run_trial
+from tests.faults import campaign, disconnects, overload, rolling, soak, trials
+from tests.faults.ledger import Ledger
+from tests.faults.load import Oracles, bound, draw_pool, percentile
+from tests.faults.phases import SLOWED, Cluster, PhaseKills
+
+Result = tuple[Any, str, bool]
+"""What is written as JSON, what is printed, whether anything was wrong."""
+
+COMMANDS = ("trials", "rounds", "phases", "disconnects", "rolling", "overload", "soak")
+# A pool of which every block has been written soon: its first touch is no leak.
+SMALL_POOL = {"disconnects": 600, "soak": 256}
+SESSION_BUDGET = aiohttp.ClientTimeout(total=240.0)
 
 
-def percentile(values: list[float], share: float) -> float:
-    """Return the smallest value that at least this share of them does not exceed."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
+def tell(line: str) -> None:
+    """Print a line at once."""
+    print(line, flush=True)
 
 
-async def run(server: Server, trials: list[Trial], out: Path | None) -> list[Outcome]:
-    """Run trials one after the other, telling each as it ends."""
-    outcomes: list[Outcome] = []
-    async with session() as http:
-        for trial in trials:
+class Run:
+    """One command on one server."""
+
+    def __init__(self, args: argparse.Namespace, server: Server, http: aiohttp.ClientSession) -> None:
+        self.args = args
+        self.server = server
+        self.http = http
+        self.cluster = Cluster(server, http, {"decode": args.decode, "prefill": args.prefill})
+        self.ledger = Ledger(http, server.url)
+
+    async def oracles(self, num_tokens: tuple[int, int]) -> Any:
+        """Return the pool of the campaign with its oracles."""
+        pool = draw_pool(self.args.pool_seed, self.args.pool, num_tokens)
+        begin_s = time.monotonic()
+        found = await Oracles(self.args.oracles).ask(self.ledger, pool)
+        tell(f"{len(found)} oracles in {time.monotonic() - begin_s:.0f} s")
+        return found
+
+    async def trials(self) -> Result:
+        """One fault each."""
+        outcomes = []
+        for trial in (trials.Trial(k, self.args.seed + i) for i in range(self.args.trials) for k in self.args.kinds):
             begin_s = time.monotonic()
-            outcome = await run_trial(server, http, trial)
+            outcome = await trials.run_trial(self.server, self.http, trial)
             outcomes.append(outcome)
-            verdict = "; ".join(outcome.faults) or "fine"
             struck = "" if outcome.was_struck else ", too late to hit a stream"
-            print(
-                f"{trial}: gap {outcome.gap_s:.2f} s{struck}, {time.monotonic() - begin_s:.0f} s: {verdict}", flush=True
-            )
-            if out is not None:
-                _write(outcomes, out)
-    return outcomes
+            took = f"gap {outcome.gap_s:.2f} s{struck}, {time.monotonic() - begin_s:.0f} s"
+            tell(f"{trial}: {took}: {'; '.join(outcome.faults) or 'fine'}")
+        return [asdict(o) for o in outcomes], trials.summary(outcomes), any(o.faults for o in outcomes)
 
+    async def rounds(self) -> Result:
+        """Rounds of many faults."""
+        oracles, reports = await self.oracles((64, 256)), []
+        for number in range(self.args.rounds):
+            for kind in self.args.kinds:
+                what = campaign.Round(kind, self.args.seed + number, self.args.faults, self.args.width)
+                report = await campaign.run_round(self.cluster, self.ledger, oracles, what)
+                reports.append(report)
+                worst = percentile(report.gaps_s, 1.0)
+                tell(f"{what}: {report.num_hits} of {report.num_faults} hit, gap up to {worst:.2f} s, "
+                     f"{report.took_s:.0f} s: {'; '.join(report.faults) or 'fine'}")  # fmt: skip
+                self._write([asdict(r) for r in reports])
+        return [asdict(r) for r in reports], campaign.summary(reports), any(r.faults for r in reports)
 
-def _write(outcomes: list[Outcome], out: Path) -> None:
-    out.write_text(json.dumps([asdict(o) for o in outcomes], indent=1) + "\n")
-
-
-def summary(outcomes: list[Outcome]) -> str:
-    """Say per kind how many trials struck, how many failed, the bound on the rate, and the gaps."""
-    lines = []
-    for kind in dict.fromkeys(o.trial.kind for o in outcomes):
-        struck = [o for o in outcomes if o.trial.kind == kind and o.was_struck]
-        failed = [o for o in outcomes if o.trial.kind == kind and o.faults]
-        bound = f", so below {3 / len(struck):.2%} (95 %)" if struck and not failed else ""
-        gaps = [o.gap_s for o in struck]
-        lines.append(
-            f"{kind}: {len(struck)} trials struck {sum(o.num_streams for o in struck)} streams, {len(failed)} failed"
-            f"{bound}; longest gap median {percentile(gaps, 0.5):.2f} s, p99 {percentile(gaps, 0.99):.2f} s"
+    async def phases(self) -> Result:
+        """Prefill workers killed in known phases."""
+        report = await PhaseKills(self.cluster, self.ledger, self.args.seed).run(self.args.trials, tell)
+        hits = ", ".join(f"{num} {phase}" for phase, num in report.hits.items())
+        waits = ", ".join(f"{phase} {percentile(t, 0.99):.2f} s" for phase, t in report.ttfts_s.items())
+        text = (
+            f"prefill-kill: {hits} ({report.num_held} after COMMIT with its blocks still held), {report.misses} came "
+            f"too late; streams wrong: {bound(len(report.faults), report.num_streams)}; first token p99: {waits} "
+            f"(usual {report.usual_ttft_s:.2f} s)"
         )
-    return "\n".join(lines)
+        return asdict(report), text, bool(report.faults)
+
+    async def disconnects(self) -> Result:
+        """Clients that leave."""
+        report = await disconnects.run(self.cluster, self.ledger, self.args.seed, self.args.number, tell)
+        return asdict(report), report.summary(), bool(report.faults)
+
+    async def rolling(self) -> Result:
+        """Workers ended in turn."""
+        oracles = await self.oracles((32, 128))
+        report = await rolling.run(self.cluster, self.ledger, oracles, self.args.seed, self.args.number, tell)
+        return asdict(report), report.summary(), bool(report.faults)
+
+    async def overload(self) -> Result:
+        """Five times the peak."""
+        report = await overload.run(self.cluster, self.ledger, self.args.seed, self.args.seconds, tell)
+        return asdict(report), report.summary(), bool(report.faults)
+
+    async def soak(self) -> Result:
+        """Short requests and random faults."""
+        oracles = await self.oracles((8, 48))
+        report = await soak.run(self.cluster, self.ledger, oracles, self.args.seed, self.args.number, tell)
+        return asdict(report), report.summary(), bool(report.faults)
+
+    def _write(self, value: Any) -> None:
+        if self.args.json is not None:
+            self.args.json.write_text(json.dumps(value, indent=1) + "\n")
+
+    async def finish(self, command: Callable[[], Awaitable[Result]]) -> int:
+        """Run a command, print and write what it showed; return the exit code."""
+        value, text, is_wrong = await command()
+        self._write(value)
+        tell(text)
+        return 1 if is_wrong else 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    top = argparse.ArgumentParser(prog="python -m tests.faults", description="Faults on purpose, many of them.")
+    commands = top.add_subparsers(dest="command", required=True)
+    # Commands whose requests come from a pool take these as well.
+    with_pool = {"rounds", "rolling", "soak"}
+    workers = {
+        "trials": (trials.NUM_DECODE, trials.NUM_PREFILL),
+        "rounds": (3, 2),
+        "phases": (2, 3),
+        "overload": (1, 1),
+    }
+    for name in COMMANDS:
+        one = commands.add_parser(name)
+        num_decode, num_prefill = workers.get(name, (2, 2))
+        one.add_argument("--decode", type=int, default=num_decode, help=f"decode workers ({num_decode})")
+        one.add_argument("--prefill", type=int, default=num_prefill, help=f"prefill workers ({num_prefill})")
+        one.add_argument("--seed", type=int, default=0, help="of the first trial or round (0)")
+        one.add_argument("--json", type=Path, help="where to write what was seen")
+        one.add_argument("--log", type=Path, help="folder to keep the server's log in")
+        one.add_argument(
+            "--serve",
+            nargs="*",
+            default=[],
+            metavar="NAME=VALUE",
+            help="more options of baton serve, without their dashes",
+        )
+        one.add_argument("--cache-dir", type=Path, default=Path.home() / ".cache" / "baton")
+        if name in with_pool:
+            one.add_argument("--pool", type=int, default=60, help="distinct requests (60)")
+            one.add_argument("--pool-seed", type=int, default=0, help="they follow from it (0)")
+            one.add_argument("--oracles", type=Path, help="file that keeps what they answer in peace")
+    choices = commands.choices
+    choices["trials"].add_argument("--trials", type=int, default=20, help="of each kind (20)")
+    choices["trials"].add_argument("--kinds", nargs="+", choices=trials.KINDS, default=list(trials.KINDS))
+    choices["phases"].add_argument("--trials", type=int, default=20, help="hits in each phase (20)")
+    rounds = choices["rounds"]
+    rounds.add_argument("--rounds", type=int, default=2, help="of each kind (2)")
+    rounds.add_argument("--faults", type=int, default=10, help="of each round (10)")
+    rounds.add_argument("--width", type=int, default=5, help="streams at once (5)")
+    rounds.add_argument("--kinds", nargs="+", choices=campaign.ROUND_KINDS, default=list(campaign.KILL_KINDS))
+    choices["overload"].add_argument("--seconds", type=float, default=120.0, help="of overload (120)")
+    for name, number in (("disconnects", 1000), ("rolling", 200), ("soak", 1000)):
+        choices[name].add_argument("number", nargs="?", type=int, default=number, help=f"requests ({number})")
+    return top
+
+
+async def _run(args: argparse.Namespace, server: Server) -> int:
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(connector=connector, timeout=SESSION_BUDGET) as http:
+        run = Run(args, server, http)
+        return await run.finish(getattr(run, args.command))
 
 
 def main() -> int:
     """Run the command; return its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m tests.faults", description="Faults on purpose, many of them.")
-    parser.add_argument("--trials", type=int, default=20, help="of each kind (20)")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--seed", type=int, default=0, help="of the first trial (0)")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--cache-dir", type=Path, default=Path.home() / ".cache" / "baton")
-    args = parser.parse_args()
-    trials = [Trial(kind, args.seed + i) for i in range(args.trials) for kind in args.kinds]
-    options = ("--decode", str(NUM_DECODE), "--prefill", str(NUM_PREFILL))
-    with tempfile.TemporaryDirectory() as folder, serving("smollm2", Path(folder), args.cache_dir, *options) as server:
-        outcomes = asyncio.run(run(server, trials, args.json))
-    print(summary(outcomes))
-    return 1 if any(outcome.faults for outcome in outcomes) else 0
+    words = sys.argv[1:]
+    if not words or words[0] not in (*COMMANDS, "-h", "--help"):
+        words = ["trials", *words]
+    args = parser().parse_args(words)
+    more = [f"--{option}" for option in args.serve]
+    if args.command == "phases":
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(SLOWED), *filter(None, [os.environ.get("PYTHONPATH")])])
+    if args.command in SMALL_POOL and not any(option.startswith("num-kv-blocks") for option in args.serve):
+        more.append(f"--num-kv-blocks={SMALL_POOL[args.command]}")
+    options = ("--decode", str(args.decode), "--prefill", str(args.prefill), *more)
+    with tempfile.TemporaryDirectory() as folder:
+        log = args.log or Path(folder)
+        log.mkdir(parents=True, exist_ok=True)
+        with serving("smollm2", log, args.cache_dir, *options) as server:
+            return asyncio.run(_run(args, server))
 
 
 if __name__ == "__main__":

@@ -51,6 +51,9 @@ class Record:
         times_s: when each came, on this process's monotonic clock.
         errors: error events and broken connections, in words.
         num_ends: terminal records: finish reasons and error events.
+        status: of the HTTP answer; 0 before there is one.
+        retry_after: that header of a refusal.
+        begun_s, answered_s, ended_s: when it was asked, its head came and it was over; 0 before.
     """
 
     request: Request
@@ -59,6 +62,32 @@ class Record:
     errors: list[str] = field(default_factory=list)
     num_ends: int = 0
     is_done: bool = False
+    status: int = 0
+    retry_after: str | None = None
+    begun_s: float = 0.0
+    answered_s: float = 0.0
+    ended_s: float = 0.0
+
+    @property
+    def ttft_s(self) -> float | None:
+        """Asking to first token, if one came."""
+        return self.times_s[0] - self.begun_s if self.times_s else None
+
+    @property
+    def mean_tpot_s(self) -> float:
+        """The mean wait between two tokens; 0 for fewer than two."""
+        return (self.times_s[-1] - self.times_s[0]) / (len(self.times_s) - 1) if len(self.times_s) > 1 else 0.0
+
+    def gap_around_s(self, since_s: float, until_s: float) -> float | None:
+        """Return the longest wait between two tokens that overlaps a span, or None if no token was awaited then."""
+        pairs = zip(self.times_s, self.times_s[1:], strict=False)
+        return max((b - a for a, b in pairs if b >= since_s and a <= until_s), default=None)
+
+    def is_explicit_failure(self, oracle: Sequence[int]) -> bool:
+        """Whether it ended with exactly one error, said by the server, after right tokens only."""
+        was_said = [e for e in self.errors if e.startswith(("error event", "HTTP 503"))]
+        is_right_so_far = self.token_ids == list(oracle[: len(self.token_ids)])
+        return len(self.errors) == len(was_said) == self.num_ends == 1 and not self.is_done and is_right_so_far
 
     @property
     def longest_gap_s(self) -> float:
@@ -99,6 +128,7 @@ class Ledger:
     async def stream(self, request: Request, record: Record | None = None) -> Record:
         """Read one stream to its end into `record`, which may be looked at meanwhile."""
         record = record or Record(request)
+        record.begun_s = time.monotonic()
         try:
             async with asyncio.timeout(REQUEST_BUDGET_S):
                 await self._read(request, record)
@@ -106,10 +136,14 @@ class Ledger:
             record.errors.append(f"no end within {REQUEST_BUDGET_S} s")
         except aiohttp.ClientError as error:
             record.errors.append(f"connection: {error!r}")
+        finally:
+            record.ended_s = time.monotonic()
         return record
 
     async def _read(self, request: Request, record: Record) -> None:
         async with self._http.post(f"{self._url}/v1/completions", json=request.body()) as response:
+            record.status, record.answered_s = response.status, time.monotonic()
+            record.retry_after = response.headers.get("Retry-After")
             if response.status != 200:
                 record.errors.append(f"HTTP {response.status}: {(await response.text())[:200]}")
                 record.num_ends += 1

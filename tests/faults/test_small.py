@@ -1,21 +1,38 @@
-"""A few trials of each kind in every run; `make faults` runs many more. A failing trial prints how to run it again."""
+"""A few faults of each kind in every run; `make faults` runs many more. What fails prints how to run it again."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from typing import Any, TypeVar
 
+import aiohttp
 import pytest
 
 from tests.e2e.client import session
 from tests.e2e.server import Server, serving
-from tests.faults.ledger import Record, Request
-from tests.faults.trials import KINDS, NUM_DECODE, NUM_PREFILL, Outcome, Trial, run_trial
-
-pytestmark = [pytest.mark.e2e, pytest.mark.model, pytest.mark.ucx, pytest.mark.slow]
+from tests.faults import campaign, disconnects, rolling
+from tests.faults.campaign import Round
+from tests.faults.ledger import Ledger, Record, Request
+from tests.faults.load import Oracles, draw_pool
+from tests.faults.overload import meets_slo
+from tests.faults.phases import Cluster
+from tests.faults.soak import theil_sen
+from tests.faults.trials import NUM_DECODE, NUM_PREFILL, Trial, run_trial
 
 REQUEST = Request("one", 3, 0.0, 0)
+POOL = draw_pool(1, 8, (48, 96))
+
+Oracle = dict[Request, list[int]]
+Report = TypeVar("Report")
+
+
+def end_to_end(test: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark a test that runs a server."""
+    for mark in (pytest.mark.e2e, pytest.mark.model, pytest.mark.ucx, pytest.mark.slow):
+        test = mark(test)
+    return test
 
 
 @pytest.fixture(scope="module")
@@ -25,15 +42,55 @@ def server(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Iterato
         yield running
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_streams_go_on_token_for_token(server: Server, kind: str) -> None:
-    async def trials() -> list[Outcome]:
-        async with session() as http:
-            return [await run_trial(server, http, Trial(kind, seed)) for seed in (1, 2)]
+@pytest.fixture(scope="module")
+def oracles(server: Server) -> Oracle:
+    """What the pool answers, asked before the first fault."""
 
-    outcomes = asyncio.run(trials())
+    async def ask() -> Oracle:
+        async with session() as http:
+            return await Oracles().ask(Ledger(http, server.url), POOL)
+
+    return asyncio.run(ask())
+
+
+async def on_cluster(server: Server, work: Callable[[Cluster, Ledger], Awaitable[Report]]) -> Report:
+    async with aiohttp.ClientSession() as http:
+        cluster = Cluster(server, http, {"decode": NUM_DECODE, "prefill": NUM_PREFILL})
+        return await work(cluster, Ledger(http, server.url))
+
+
+@end_to_end
+@pytest.mark.parametrize("kind", campaign.ROUND_KINDS)
+async def test_streams_go_on_token_for_token_under_faults(server: Server, oracles: Oracle, kind: str) -> None:
+    what = Round(kind, 1, num_faults=2, width=4)
+    report = await on_cluster(server, lambda cluster, ledger: campaign.run_round(cluster, ledger, oracles, what))
+    assert report.faults == [], f"again by: {what}"
+    assert report.num_faults >= 2 and report.num_streams > 0
+    assert report.num_hits or kind.startswith("prefill"), "a fault that hits no stream shows nothing"
+
+
+@end_to_end
+async def test_a_single_trial_strikes_and_is_fine(server: Server) -> None:
+    async with session() as http:
+        outcomes = [await run_trial(server, http, Trial("decode-kill", seed)) for seed in (1,)]
     assert [(str(o.trial), o.faults) for o in outcomes if o.faults] == []
     assert any(o.was_struck for o in outcomes), "a fault that hits no stream shows nothing"
+
+
+@end_to_end
+async def test_clients_that_leave_hold_nothing_afterwards(server: Server) -> None:
+    report = await on_cluster(server, lambda cluster, ledger: disconnects.run(cluster, ledger, 1, 60, print))
+    assert report.faults == []
+    assert sum(report.num_left.values()) + report.num_finished + report.num_refused == 48 + 12
+    assert len(report.num_left) > 1, "all left in one phase"
+    assert report.rest_s is not None
+
+
+@end_to_end
+async def test_rolling_restarts_are_not_seen(server: Server, oracles: Oracle) -> None:
+    report = await on_cluster(server, lambda cluster, ledger: rolling.run(cluster, ledger, oracles, 1, 40, print))
+    assert report.faults == []
+    assert report.num_restarts > 0
 
 
 @pytest.mark.parametrize(
@@ -51,3 +108,46 @@ def test_streams_go_on_token_for_token(server: Server, kind: str) -> None:
 def test_the_ledger_sees_what_is_lost_doubled_different_or_unended(record: Record, words: str | None) -> None:
     found = record.faults([1, 2, 3])
     assert found == [] if words is None else words in " ".join(found)
+
+
+@pytest.mark.parametrize(
+    ("record", "is_allowed"),
+    [
+        (Record(REQUEST, [1, 2], errors=["error event: gone"], num_ends=1), True),
+        (Record(REQUEST, [], errors=["HTTP 503: none"], num_ends=1), True),
+        (Record(REQUEST, [1, 9], errors=["error event: gone"], num_ends=1), False),
+        (Record(REQUEST, [1, 2], errors=["error event: gone", "error event: gone"], num_ends=2), False),
+        (Record(REQUEST, [1, 2], errors=["connection: reset"]), False),
+        (Record(REQUEST, [1, 2]), False),
+        (Record(REQUEST, [1, 2], errors=["HTTP 500: bug"], num_ends=1), False),
+    ],
+)
+def test_one_explicit_error_is_told_from_silence_and_from_wrong_tokens(record: Record, is_allowed: bool) -> None:
+    assert record.is_explicit_failure([1, 2, 3]) is is_allowed
+
+
+def test_the_gap_around_a_fault_is_the_longest_wait_that_overlaps_it() -> None:
+    record = Record(REQUEST, [1, 2, 3, 4], times_s=[1.0, 1.1, 2.6, 9.0])
+    assert record.gap_around_s(1.2, 1.5) == pytest.approx(1.5)
+    assert record.gap_around_s(0.5, 0.9) is None
+
+
+def test_a_stream_that_is_late_or_cut_misses_its_objectives() -> None:
+    times_s = [1.0, 1.05, 1.1]
+    whole = Record(REQUEST, [1, 2, 3], times_s=times_s, num_ends=1, is_done=True, begun_s=0.5)
+    late = Record(REQUEST, [1, 2, 3], times_s=times_s, num_ends=1, is_done=True, begun_s=-2.0)
+    cut = Record(REQUEST, [1, 2], times_s=times_s[:2], num_ends=1, is_done=True, begun_s=0.5)
+    assert [meets_slo(record) for record in (whole, late, cut)] == [True, False, False]
+
+
+def test_a_slope_is_told_from_noise() -> None:
+    noise = [(37 * i * i) % 101 for i in range(100)]
+    flat = theil_sen([(float(i), 1e6 + 50.0 * n) for i, n in enumerate(noise)])
+    leak = theil_sen([(float(i), 1e6 + 50.0 * n + 400.0 * i) for i, n in enumerate(noise)])
+    assert flat.is_flat and flat.low < 0 < flat.high
+    assert not leak.is_flat and leak.low < 400.0 < leak.high
+
+
+def test_pools_follow_from_their_seed() -> None:
+    assert draw_pool(3, 6, (8, 16)) == draw_pool(3, 6, (8, 16)) != draw_pool(4, 6, (8, 16))
+    assert len(set(draw_pool(3, 60, (8, 16)))) == 60

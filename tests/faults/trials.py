@@ -13,13 +13,14 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import aiohttp
 
 from tests.e2e.server import Server
 from tests.faults.ledger import Ledger, Record, Request
+from tests.faults.load import bound, percentile
 
 KINDS = ("decode-kill", "prefill-kill", "both-kill", "decode-stop")
 RECOVERY_BUDGET_S = 60.0
@@ -52,7 +53,7 @@ class Outcome:
     Attributes:
         faults: what is wrong, in words.
         gap_s: the longest wait between two tokens of any stream.
-        num_hit: streams that ran on a victim, as far as the census tells.
+        num_streams: streams of the trial; `was_struck` if any was still running when the fault struck.
     """
 
     trial: Trial
@@ -147,3 +148,18 @@ def _within(budget_s: float, holds: Callable[[], bool]) -> bool:
             return False
         time.sleep(0.05)
     return True
+
+
+def summary(outcomes: Sequence[Outcome]) -> str:
+    """Say per kind how many trials struck, how many failed, the bound on the rate, and the gaps."""
+    lines = []
+    for kind in dict.fromkeys(o.trial.kind for o in outcomes):
+        struck = [o for o in outcomes if o.trial.kind == kind and o.was_struck]
+        num_failed = sum(bool(o.faults) for o in outcomes if o.trial.kind == kind)
+        gaps = [o.gap_s for o in struck]
+        lines.append(
+            f"{kind}: {len(struck)} trials struck {sum(o.num_streams for o in struck)} streams; failed: "
+            f"{bound(num_failed, len(struck))}; longest gap median {percentile(gaps, 0.5):.2f} s, "
+            f"p99 {percentile(gaps, 0.99):.2f} s"
+        )
+    return "\n".join(lines)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import socket
 from functools import partial
 from typing import Any
 
 import pytest
 
-from protocol.request import FinishReason, TokenLogprobs
-from protocol.wire import Reserve
+from protocol.request import FinishReason, TokenLogprobs, TokenRow
+from protocol.wire import Abort, Reserve, Tokens
 from router.api import ChatRequest, CompletionRequest, parse
-from router.event_stream import EventStream
+from router.event_stream import LIMIT_BYTES, PAUSE_BYTES, EventStream
 from router.intake import Intake, Job
+from router.members import WorkerKey
 from router.stream import AnswerShape
 from router.text import LoggedToken, Piece
 from router.tokenizer import Tokenizer
@@ -63,13 +65,6 @@ async def _raw(stage: Stage, body: dict[str, Any], version: str = "1.1") -> sock
     return client
 
 
-async def _recv_until(client: socket.socket, end: bytes) -> bytes:
-    found = b""
-    while end not in found:
-        found += await asyncio.get_running_loop().sock_recv(client, 1)
-    return found
-
-
 async def _rest(client: socket.socket) -> bytes:
     found = []
     with client:
@@ -95,29 +90,150 @@ def _unchunked(body: bytes) -> bytes:
     return b"".join(found)
 
 
-async def test_a_client_that_does_not_read_holds_up_nobody_and_loses_nothing(
-    long_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+class Script:
+    """Both workers of a stage, for requests whose tokens are known: each placement goes on where its stream is."""
+
+    def __init__(self, stage: Stage, token_ids: list[int]) -> None:
+        self.num_placements = 0
+        self._prefill, self._decode = stage.workers
+        self._token_ids = token_ids
+        self._task = asyncio.create_task(self._play())
+
+    async def _play(self) -> None:
+        while True:
+            reserve = await self._decode.hear(Reserve)
+            self.num_placements += 1
+            assert list(reserve.emitted) == self._token_ids[: len(reserve.emitted)]
+            await self._prefill.first(self._token_ids[0])
+            await self._emit(reserve)
+
+    async def _emit(self, reserve: Reserve) -> None:
+        """Send a few tokens at a time, as steps do, until the end or an abort."""
+        for index in range(max(1, len(reserve.emitted)), len(self._token_ids), 2):
+            await asyncio.sleep(0.001)
+            if any(isinstance(m, Abort) and m.transfer_id == reserve.transfer_id for m in self._decode.received):
+                return
+            step, is_last = self._token_ids[index : index + 2], index + 2 >= len(self._token_ids)
+            self._decode.emit(reserve, step, start=index, finish=LENGTH if is_last else None)
+
+    async def __aenter__(self) -> Script:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+
+@pytest.fixture
+def most_unsent(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What streams held after each write, in bytes."""
+    seen: list[int] = []
+    offer, push = EventStream.offer, EventStream.push
+
+    def offered(stream: EventStream, index: int, piece: Piece) -> bool:
+        is_taken = offer(stream, index, piece)
+        seen.append(stream.unsent_bytes)
+        return is_taken
+
+    def pushed(stream: EventStream, data: bytes) -> None:
+        push(stream, data)
+        seen.append(stream.unsent_bytes)
+
+    monkeypatch.setattr(EventStream, "offer", offered)
+    monkeypatch.setattr(EventStream, "push", pushed)
+    return seen
+
+
+def _long_script(num_long: int) -> tuple[list[int], str]:
+    """Give tokens of 32 KiB with a digit after each, and their text."""
+    token_ids = [byte_id("a"), *(i for n in range(num_long) for i in (LONG_ID, byte_id(str(n % 10))))]
+    return token_ids, "a" + "".join(LONG_TEXT + str(n % 10) for n in range(num_long))
+
+
+async def test_a_client_that_does_not_read_pauses_its_own_stream_and_loses_nothing(
+    long_tokenizer: Tokenizer, most_unsent: list[int]
 ) -> None:
-    offers = Offers(monkeypatch)
-    body = {**HI, "stream": True, "max_tokens": 2 * NUM_LONG + 1}
+    token_ids, text = _long_script(NUM_LONG)
     async with staged(long_tokenizer) as stage:
         prefill, decode = await stage.pair(max_model_len=10_000, num_blocks=10_000)
-        slow = await _raw(stage, body)
-        held = await decode.hear(Reserve)
-        await prefill.first(byte_id("a"))
-        begin = await _recv_until(slow, b"\n\n")
-        script = [i for number in range(NUM_LONG) for i in (LONG_ID, byte_id(str(number % 10)))]
-        decode.emit(held, script, finish=LENGTH)
+        dispatch = stage.router.switchboard.dispatch
+        async with Script(stage, token_ids) as script:
+            slow = await _raw(stage, {**HI, "stream": True, "max_tokens": len(token_ids)})
+            await stage.until(lambda: script.num_placements > 0 and dispatch.num_running == dispatch.num_waiting == 0)
+            assert stage.router.switchboard.num_requests == 1, "paused, not ended"
         asked = asyncio.create_task(stage.http.post(f"{stage.url}{CHAT}", json={**HI, "stream": True, "max_tokens": 6}))
         await answer(prefill, decode, "other", LENGTH)
         async with await asked as response:
-            chunks = await events(response)
-        assert "".join(c["choices"][0]["delta"]["content"] for c in chunks[:-1]) == "other"
-        assert offers.num_refused > 0, "the slow one is held by now"
-        head, _, data = (begin + await _rest(slow)).partition(b"\r\n\r\n")
-    assert b"chunked" in head
-    expected = "a" + "".join(LONG_TEXT + str(number % 10) for number in range(NUM_LONG))
-    assert _text(_unchunked(data)) == expected
+            assert len(await events(response)) == 6
+        async with Script(stage, token_ids) as script:
+            head, _, data = (await _rest(slow)).partition(b"\r\n\r\n")
+    assert b"chunked" in head and script.num_placements >= 1, "placed again"
+    assert _text(_unchunked(data)) == text
+    assert PAUSE_BYTES < max(most_unsent) < LIMIT_BYTES
+
+
+async def test_a_burst_of_tokens_does_not_outrun_the_pause(long_tokenizer: Tokenizer) -> None:
+    async with staged(long_tokenizer) as stage:
+        prefill, decode = await stage.pair(max_model_len=10_000, num_blocks=10_000)
+        slow = await _raw(stage, {**HI, "stream": True, "max_tokens": NUM_LONG + 1})
+        reserve = await decode.hear(Reserve)
+        await prefill.first(byte_id("a"))
+        head = await asyncio.get_running_loop().sock_recv(slow, 1)
+        await asyncio.sleep(0.05)
+        for index in range(1, NUM_LONG):
+            # As after a time in which the router had no CPU: its handler runs only when all of them are taken.
+            row = TokenRow(reserve.request_id, reserve.epoch, index, LONG_ID)
+            stage.router.switchboard.take(WorkerKey("d0", 1), Tokens(rows=(row,)))
+        assert (await decode.hear(Abort)).transfer_id == reserve.transfer_id
+        reading = asyncio.create_task(_rest(slow))
+        again = await decode.hear(Reserve)
+        assert len(again.emitted) * len(LONG_TEXT) < 2 * LIMIT_BYTES, "the rest of the burst did not count"
+        await prefill.first(byte_id("a"))
+        decode.emit(again, [LONG_ID], start=len(again.emitted), finish=LENGTH)
+        text = _text(_unchunked((head + await reading).partition(b"\r\n\r\n")[2]))
+    assert text == "a" + LONG_TEXT * len(again.emitted)
+
+
+async def test_a_client_that_never_reads_is_cut_and_its_request_cancelled(
+    long_tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    token_ids, _ = _long_script(NUM_LONG)
+    async with staged(long_tokenizer, client_stall_s=0.4) as stage:
+        await stage.pair(max_model_len=10_000, num_blocks=10_000)
+        async with Script(stage, token_ids):
+            with await _raw(stage, {**HI, "stream": True, "max_tokens": len(token_ids)}):
+                await stage.until(lambda: stage.router.switchboard.num_requests == 1)
+                await stage.until(lambda: stage.router.switchboard.num_requests == 0)
+    assert "its client has read nothing for 0.4 s" in caplog.text
+
+
+async def test_what_is_unsent_at_the_end_is_cut_as_well(
+    long_tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture, most_unsent: list[int]
+) -> None:
+    caplog.set_level(logging.INFO)
+    token_ids, _ = _long_script(5)
+    async with staged(long_tokenizer, client_stall_s=0.4) as stage:
+        await stage.pair(max_model_len=10_000, num_blocks=10_000)
+        async with Script(stage, token_ids):
+            with await _raw(stage, {**HI, "stream": True, "max_tokens": len(token_ids)}):
+                await stage.until(lambda: "its client has read nothing for 0.4 s" in caplog.text)
+    assert 0 < most_unsent[-1] < PAUSE_BYTES, "it was never full"
+
+
+async def test_a_client_that_reads_slowly_but_steadily_gets_everything(long_tokenizer: Tokenizer) -> None:
+    token_ids, text = _long_script(24)
+    async with staged(long_tokenizer, client_stall_s=0.4) as stage:
+        await stage.pair(max_model_len=10_000, num_blocks=10_000)
+        async with Script(stage, token_ids):
+            slow = await _raw(stage, {**HI, "stream": True, "max_tokens": len(token_ids)})
+            begin_s, found = asyncio.get_running_loop().time(), b""
+            with slow:
+                while data := await asyncio.get_running_loop().sock_recv(slow, 4096):
+                    found += data
+                    await asyncio.sleep(0.01)
+            assert asyncio.get_running_loop().time() - begin_s > 0.8, "longer than a client may read nothing"
+    assert _text(_unchunked(found.partition(b"\r\n\r\n")[2])) == text
 
 
 async def test_a_client_that_reads_is_written_to_without_waking_its_handler(

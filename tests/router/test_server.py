@@ -175,9 +175,27 @@ async def test_metrics_and_census_tell_what_workers_report(stage: Stage) -> None
     ):  # fmt: skip
         assert found[name + labels] == number, name
     async with stage.http.get(f"{stage.url}/census") as response:
-        workers = {w["worker_id"]: w for w in (await response.json())["workers"]}
+        census = await response.json()
+    workers = {w["worker_id"]: w for w in census["workers"]}
     assert workers["d0"]["blocks"] == {"free": 90, "cached": 6, "leased": 4, "total": 100}
     assert workers["d0"]["links"] == ["p0"] and workers["p0"]["num_running"] == 0
+
+
+async def test_census_says_where_blocks_do_not_add_up(stage: Stage) -> None:
+    prefill, decode = await stage.pair()
+
+    async def balanced() -> tuple[bool, dict[str, bool]]:
+        async with stage.http.get(f"{stage.url}/census") as response:
+            census = await response.json()
+        return census["is_balanced"], {w["worker_id"]: w["is_balanced"] for w in census["workers"]}
+
+    prefill.beat(blocks_free=7, blocks_cached=2, blocks_leased=1, blocks_total=10)
+    decode.beat(blocks_free=90, blocks_cached=6, blocks_leased=4, blocks_total=100)
+    await asyncio.sleep(0.05)
+    assert await balanced() == (True, {"p0": True, "d0": True})
+    decode.beat(blocks_free=90, blocks_cached=6, blocks_leased=3, blocks_total=100)
+    await asyncio.sleep(0.05)
+    assert await balanced() == (False, {"p0": True, "d0": False})
 
 
 async def test_transfer_counters_keep_growing_when_a_worker_restarts_or_reconnects(stage: Stage) -> None:
