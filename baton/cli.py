@@ -53,11 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return run_bench(arguments[1:])
     parsed = vars(build_parser().parse_args(arguments))
-    role = parsed.pop("role")
-    file = parsed.pop("config", None) or config.environment().get("BATON_CONFIG")
+    role = parsed["role"]
     shows_traceback = parsed.get("log_level") == "debug"
     try:
-        settings = merge(role, parsed, config.environment(), None if file is None else Path(file))
+        settings = settings_of(parsed)
         shows_traceback = settings["log_level"] == "debug"
         return _run(settings)
     except (BatonError, ModelError) as error:
@@ -67,6 +66,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2 if isinstance(error, ConfigError | ModelError) else 1
     except KeyboardInterrupt:
         return 130
+
+
+def settings_of(parsed: dict[str, Any]) -> Settings:
+    """Merge a parsed command line with environment and file; raises ConfigError."""
+    given = {name: value for name, value in parsed.items() if name not in ("role", "config")}
+    file = parsed.get("config") or config.environment().get("BATON_CONFIG")
+    return merge(parsed["role"], given, config.environment(), None if file is None else Path(file))
 
 
 def build_parser() -> argparse.ArgumentParser:

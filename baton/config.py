@@ -202,15 +202,16 @@ def _prefill(
     settings: Settings, model: ResolvedModel, service: ServiceConfig, transfer: TransferConfig
 ) -> PrefillConfig:
     more = settings.fill(PrefillConfig)
-    return PrefillConfig(_engine(settings, model), service, transfer, cache_dir(settings), **more)
+    return PrefillConfig(engine_config(settings, model), service, transfer, cache_dir(settings), **more)
 
 
 def _decode(settings: Settings, model: ResolvedModel, service: ServiceConfig, transfer: TransferConfig) -> DecodeConfig:
     more = settings.fill(DecodeConfig)
-    return DecodeConfig(_engine(settings, model), service, transfer, cache_dir(settings), **more)
+    return DecodeConfig(engine_config(settings, model), service, transfer, cache_dir(settings), **more)
 
 
-def _engine(settings: Settings, model: ResolvedModel) -> EngineConfig:
+def engine_config(settings: Settings, model: ResolvedModel) -> EngineConfig:
+    """Compose what a worker computes with."""
     plan: WorkerCores = plan_alone(usable_cores(), settings["threads"], settings["cores"])
     return EngineConfig(model=model.reference, num_threads=plan.num_threads, **settings.fill(EngineConfig))
 

@@ -1,6 +1,7 @@
 """The nursery's own process: import what workers need, then fork one per request. See `baton/nursery.py`.
 
 1. Everything is imported, nothing is begun: no thread, no CUDA, no UCX context, so that a fork is as good as a start.
+   On a CPU the weights are packed too, once, and shared by all workers.
 2. A request names the arguments of `baton` and brings two descriptors. The worker is forked by a child that ends at
    once: the supervisor becomes its parent. Its pid is the answer.
 3. The worker takes its own session, output and name, waits for its permit, and runs the command line.
@@ -21,16 +22,28 @@ import traceback
 
 from setproctitle import setproctitle
 
+from baton import config
+from baton.cli import build_parser, settings_of
 from baton.cli import main as run_baton
 from baton.nursery import MAX_MESSAGE_BYTES, await_parent
-from protocol.errors import ConfigError
+from model.errors import ModelError
+from protocol.errors import BatonError, ConfigError
 
 
-def main(arguments: list[str]) -> int:
-    """Serve the socket of this number for the supervisor of this pid until it is closed."""
-    fd, supervisor_pid = map(int, arguments)
+def main(fd: int, supervisor_pid: int, example: list[str]) -> int:
+    """Serve a socket for a supervisor until it is closed.
+
+    Args:
+        fd: the socket.
+        supervisor_pid: becomes the workers' parent.
+        example: arguments of a worker, whose model is prepared for all of them; empty: none is.
+    """
     setproctitle("baton nursery")
     _import_workers()
+    _preload(example)
+    # What is here is never looked through again, neither here nor in a worker, whose memory it shares.
+    gc.freeze()
+    gc.enable()
     if _num_threads() > 1:
         print("baton nursery: an import has started threads, which a fork would lose", file=sys.stderr)
         return 1
@@ -62,9 +75,19 @@ def _import_workers() -> None:
     # Where it does not load, a worker says so, if it needs it.
     with contextlib.suppress(ConfigError):
         load_ucxx()
-    # What is here is never looked through again, neither here nor in a worker, whose memory it shares.
-    gc.freeze()
-    gc.enable()
+
+
+def _preload(example: list[str]) -> None:
+    from engine.loading import preload
+
+    if not example:
+        return
+    # What is wrong with the model is said by the first worker that loads it.
+    with contextlib.suppress(BatonError, ModelError, OSError):
+        settings = settings_of(vars(build_parser().parse_args(example)))
+        if not config.computes_on_gpu(settings):
+            model = config.resolve_model(settings, lambda _: None)
+            preload(config.engine_config(settings, model), config.cache_dir(settings))
 
 
 def _num_threads() -> int:
@@ -117,4 +140,4 @@ def _become_worker(arguments: list[str], output: int, permit: int, supervisor_pi
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]))

@@ -197,7 +197,7 @@ async def supervise(config: ServeConfig, specs: tuple[ChildSpec, ...], sockets: 
     started_s = time.monotonic()
     sockets.listen()
     environment = CHILD_DEFAULTS | child_environment()
-    nursery = Nursery(environment)
+    nursery = Nursery(environment, specs[-1].arguments or ())
     supervisor = Supervisor(specs, startup.on_line, environment, nursery=nursery)
     nursery.start()
     supervisor.start()

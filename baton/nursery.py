@@ -78,9 +78,11 @@ class Nursery:
 
     Args:
         environment: what the nursery and its workers start with.
+        example: arguments of one of the workers, whose model is prepared for all of them; empty: none is.
     """
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
+    def __init__(self, environment: Mapping[str, str], example: Sequence[str] = ()) -> None:
+        self._example = tuple(example)
         self._environment = {**environment, **SINGLE_THREAD}
         self._socket: socket.socket | None = None
         self._is_settled = asyncio.Event()
@@ -161,7 +163,7 @@ class Nursery:
     async def _start(self, fd: int) -> asyncio.subprocess.Process:
         parent_pid = os.getpid()
         # -P keeps the working folder off the import path: a folder called `model` there must not stand in for ours.
-        command = (sys.executable, "-P", "-m", "baton.fork_server", str(fd), str(parent_pid))
+        command = (sys.executable, "-P", "-m", "baton.fork_server", str(fd), str(parent_pid), *self._example)
         return await asyncio.create_subprocess_exec(
             *command,
             stdin=asyncio.subprocess.DEVNULL,

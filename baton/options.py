@@ -323,7 +323,7 @@ def _router() -> tuple[Option, ...]:
         limit("stall-s", number, "s", "A worker with work in hand that makes no progress for this long is lost."),
         limit("ttft-slo-s", number, "s", "First-token deadline that orders the prefill queue, without the prompt."),
         limit("ttft-slo-per-token-s", number, "s", "What each prompt token adds to that deadline."),
-        limit("max-placements", whole, "times", "How many placements of one request may fail before it does."),
+        limit("max-placements", whole, "times", "A request fails when so many placements have failed in a row."),
         limit("placement-wait-s", number, "s", "How long an accepted request may wait for workers."),
         limit("client-stall-s", number, "s", "A client that reads nothing of its stream for this long is cut."),
         limit("max-resume-s", number, "s", "Longest time that a stream is kept for a client that lost its connection."),

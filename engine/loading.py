@@ -15,7 +15,7 @@ from engine.kv_cache import KVCache, torch_kernels
 from model.decoder import Decoder
 from model.errors import ModelError
 from model.identity import model_hash
-from model.loader import LoadOptions, load_model
+from model.loader import LoadOptions, keep_packed, load_model
 from model.source import resolve
 from model.torch_decoder import TorchDecoder
 from protocol.errors import ConfigError
@@ -80,15 +80,7 @@ def load(config: EngineConfig, say: Callable[[str], None], cache_dir: Path) -> L
     device = _device(config.device)
     try:
         files = resolve(config.model, cache_dir, say)
-        options = LoadOptions(
-            dtype=config.dtype,
-            device=str(device),
-            quantization=config.quantization,
-            kernels=config.kernels,
-            num_threads=config.num_threads,
-            dummy_seed=config.dummy_seed,
-        )
-        decoder = load_model(files, options, _progress_lines(say))
+        decoder = load_model(files, _options(config, str(device)), _progress_lines(say))
         name = model_hash(files, config.dummy_seed)
     except ModelError as error:
         raise ConfigError(str(error)) from error
@@ -116,6 +108,26 @@ def load(config: EngineConfig, say: Callable[[str], None], cache_dir: Path) -> L
     max_model_len = _max_model_len(config, shape.max_context_tokens, num_blocks, say)
     return LoadedModel(
         decoder, fingerprint, device, num_blocks, max_model_len, shape.vocab_size, backend, config.enforce_eager
+    )
+
+
+def preload(config: EngineConfig, cache_dir: Path) -> None:
+    """Do what can be done of `load` before a fork: pack the weights, where a CPU takes them packed.
+
+    Starts no thread, and looks for no GPU. Raises ModelError.
+    """
+    torch.set_num_threads(1)
+    keep_packed(resolve(config.model, cache_dir, lambda _: None), _options(config, "cpu"))
+
+
+def _options(config: EngineConfig, device: str) -> LoadOptions:
+    return LoadOptions(
+        dtype=config.dtype,
+        device=device,
+        quantization=config.quantization,
+        kernels=config.kernels,
+        num_threads=config.num_threads,
+        dummy_seed=config.dummy_seed,
     )
 
 

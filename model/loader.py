@@ -4,6 +4,8 @@
 2. The source for the format gives single tensors, as stored or as floats.
 3. `pack_model` packs them for the native step, or `assemble` for torch.
 4. The decoder is ready; `LoadSummary` says what it took.
+
+A process that others are forked from may do 1. to 3. before (`keep_packed`): they share its packed weights.
 """
 
 import time
@@ -14,6 +16,7 @@ import torch
 
 from kernels.cpu.native import NativeKernels, NativeLibrary, NativeUnavailableError
 from kernels.cpu.native import load as load_native
+from kernels.cpu.step import StepModel
 from kernels.table import REFERENCE, KernelTable
 from model.config import ModelConfig, read_config
 from model.decoder import Decoder
@@ -88,25 +91,61 @@ def load_model(
     config = read_config(files)
     dtype = choose_dtype(options.dtype, options.device)
     plan = _plan(config, files, options, dtype)
-    source = _open(files, config, options.dummy_seed)
     num_positions = min(options.max_context_tokens or config.max_context_tokens, config.max_context_tokens)
     if plan.library is not None:
         kernels = NativeKernels(plan.library, options.num_threads)
-        packed = pack_model(
-            config,
-            source,
-            kernels,
-            quantization=plan.quantization,
-            max_context_tokens=num_positions,
-            progress=progress,
-        )
+        key = _key(files, options, plan.quantization, num_positions)
+        packed = _kept.get(key) or _pack(files, options, plan, num_positions, progress)
         num_bytes = sum(matrix.data.nbytes for matrix in packed.matrices())
         summary = LoadSummary(num_bytes, time.monotonic() - started_s, plan.quantization, "cpu")
         return NativeDecoder(config, packed, kernels, summary)
     is_fp8 = plan.quantization == FP8
+    source = _open(files, config, options.dummy_seed)
     weights = assemble(config, source, dtype, torch.device(options.device), progress, is_fp8=is_fp8)
     summary = LoadSummary(weights.num_bytes(), time.monotonic() - started_s, weights.arithmetic, options.device)
     return TorchDecoder(config, weights, summary, num_positions, plan.reason, plan.table)
+
+
+def keep_packed(files: ModelFiles, options: LoadOptions) -> None:
+    """Pack a model for the native step and keep it: `load_model` takes it, here and in processes forked from here.
+
+    Nothing is kept where other kernels would be chosen. Starts no thread. Blocking; raises as `load_model` does.
+    """
+    config = read_config(files)
+    plan = _plan(config, files, options, choose_dtype(options.dtype, options.device))
+    if plan.library is not None:
+        num_positions = min(options.max_context_tokens or config.max_context_tokens, config.max_context_tokens)
+        key = _key(files, options, plan.quantization, num_positions)
+        _kept[key] = _pack(files, options, plan, num_positions, None)
+
+
+_kept: dict[tuple[object, ...], StepModel] = {}
+
+
+def _key(files: ModelFiles, options: LoadOptions, quantization: str, num_positions: int) -> tuple[object, ...]:
+    """Name what is packed: these files as they are now, in this way."""
+    stats = [(path, path.stat()) for path in files.weight_files]
+    contents = tuple((str(path), stat.st_mtime_ns, stat.st_size) for path, stat in stats)
+    return str(files.path), files.format, contents, options.dummy_seed, quantization, num_positions
+
+
+def _pack(
+    files: ModelFiles,
+    options: LoadOptions,
+    plan: _Plan,
+    num_positions: int,
+    progress: Callable[[int, int, str], None] | None,
+) -> StepModel:
+    assert plan.library is not None
+    config = read_config(files)
+    return pack_model(
+        config,
+        _open(files, config, options.dummy_seed),
+        plan.library,
+        quantization=plan.quantization,
+        max_context_tokens=num_positions,
+        progress=progress,
+    )
 
 
 def _plan(config: ModelConfig, files: ModelFiles, options: LoadOptions, dtype: torch.dtype) -> _Plan:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels.cpu.matrix import PackedMatrix
-from kernels.cpu.native import NativeKernels
+from kernels.cpu.native import NativeKernels, NativeLibrary
 from kernels.cpu.packed import FloatRows, WeightMemory, pack
 from kernels.cpu.step import NativeStep, StepInput, StepLayer, StepModel
 from kernels.quantized import GROUP, QuantizedRows
@@ -83,7 +83,7 @@ def why_not(config: ModelConfig) -> str | None:
 def pack_model(
     config: ModelConfig,
     source: WeightSource,
-    kernels: NativeKernels,
+    library: NativeLibrary,
     *,
     quantization: str,
     max_context_tokens: int,
@@ -94,13 +94,13 @@ def pack_model(
     Args:
         config: the model's shape.
         source: where tensors come from.
-        kernels: packs them.
+        library: packs them.
         quantization: "none" for float32, "stored" for what the file holds where the kernels know it and 8 bits
             where it is another quantisation, "int8" or "int4" to quantise floats.
         max_context_tokens: length of the rotary tables.
         progress: called with (done, total, name) after each matrix.
     """
-    packer = _Packer(config, source, kernels, quantization, progress)
+    packer = _Packer(config, source, library, quantization, progress)
     embedding = packer.matrix("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
     layers = tuple(packer.layer(index) for index in range(config.num_layers))
     final_norm = packer.vector("model.norm.weight", config.hidden_size)
@@ -131,7 +131,7 @@ def pack_model(
 class _Packer:
     config: ModelConfig
     source: WeightSource
-    kernels: NativeKernels
+    library: NativeLibrary
     quantization: str
     progress: Progress | None
     num_done: int = 0
@@ -148,13 +148,11 @@ class _Packer:
         kept = self._stored(parts, cols)
         if kept is not None:
             format_name = kept[0].format
-            packed = pack(self.kernels.library, kept, format_name, self.memory)
+            packed = pack(self.library, kept, format_name, self.memory)
         else:
             format_name = self._format_of_floats(parts, cols)
             floats = [self.source.tensor(name, (rows, cols)).float().contiguous() for name, rows in parts]
-            packed = pack(
-                self.kernels.library, [FloatRows(values.numpy()) for values in floats], format_name, self.memory
-            )
+            packed = pack(self.library, [FloatRows(values.numpy()) for values in floats], format_name, self.memory)
         self.num_done += 1
         if self.progress is not None:
             self.progress(self.num_done, 4 * self.config.num_layers + 1, parts[0][0])

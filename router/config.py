@@ -26,8 +26,8 @@ class RouterConfig:
         stall_s: a worker with work in hand whose compute makes no progress for this long is lost: longer than any step.
         ttft_slo_s: deadline for the first token used to order the prefill queue: base plus per-token allowance.
         ttft_slo_per_token_s: allowance per prompt token.
-        max_placements: a request fails with its placement of this number that failed; giving way, or being declined,
-            is no failure.
+        max_placements: a request fails when so many placements in a row have failed without a new token from decode;
+            giving way, or being declined, is no failure.
         placement_wait_s: how long an accepted request may wait for a pair of workers.
         client_stall_s: a client that reads nothing of its stream for this long, though there is something, is cut.
         max_resume_s: longest time that a client may ask its stream to be kept for after it lost the connection.

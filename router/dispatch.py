@@ -273,6 +273,8 @@ class Dispatch:
         self._grow(request, placement)
         placement.is_steady = rows[-1].index > 0
         request.is_moving &= not placement.is_steady
+        if placement.is_steady:
+            request.num_failures = 0  # a stream that gets on is never given up
         return out
 
     # --- placing ---

@@ -262,8 +262,6 @@ class KeptStream:
                 self._has_room.set()
             if self.is_over and not self._log.unread_bytes:
                 break
-        if self.is_failed:
-            stream.response.force_close()
         await stream.finish(b"")
 
     async def _await_news(self, stream: EventStream) -> None:

@@ -174,7 +174,6 @@ class HttpServer:
             await stream.finish(shape.closing())
         except RequestFailed as error:
             log.warning("stream %s failed: %s", shape.answer_id, error)
-            stream.response.force_close()
             await stream.finish(error_event(error))
 
     async def _off_loop(self, body: bytes, work: Callable[[], Result]) -> Result:

@@ -5,7 +5,7 @@ chunk                     the text of one token, as soon as it is decodable
 last chunk of a choice    finish_reason
 usage chunk               choices [] and usage, when asked for
 [DONE]
-(failure)                 one `error` event, then the connection closes
+(failure)                 one `error` event and no [DONE]
 """
 
 from __future__ import annotations
