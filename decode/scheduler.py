@@ -8,8 +8,7 @@
 
 Sequences join and leave between two steps. A running sequence takes a new block whenever it enters one. When the pool
 is dry the youngest running sequence gives way; it is reported, and the router places it again with the tokens that the
-client has. Those are replayed: computed again, their samples discarded; several per step where a run of tokens gives
-the very bits of single steps (`replay_tokens`), one like any other where it does not.
+client has. Those are replayed: computed one per step like any other, their samples discarded.
 
     schedule() ─► step in flight ─► apply()         on a GPU several steps are in flight at once
 
@@ -29,14 +28,11 @@ from enum import Enum, auto
 from decode.promises import Promises
 from engine.batch import BatchItem
 from engine.block_pool import BlockPool
-from engine.decode_runner import StepShape
 from engine.sampler import Sampled
 from engine.sequence import Sequence, num_blocks_for
 from protocol.block_hash import BlockHash, block_hashes, next_block_hash
 from protocol.errors import OutOfBlocks
 from protocol.request import FinishReason, TokenRow
-
-ONE_BY_ONE = StepShape()
 
 
 class SlotState(Enum):
@@ -51,14 +47,13 @@ class SlotState(Enum):
 class _Slot:
     sequence: Sequence
     num_prompt_blocks: int
-    num_emitted: int
     state: SlotState = SlotState.RESERVED
     num_in_flight: int = 0
     is_paused: bool = False
 
     @property
     def position(self) -> int:
-        """Place of the token that the next scheduled step computes; `num_in_flight` counts tokens."""
+        """Place of the token that the next scheduled step computes."""
         return self.sequence.num_computed_tokens + self.num_in_flight
 
 
@@ -87,7 +82,7 @@ class DecodeScheduler:
         max_num_seqs: sequences held at once.
         watermark_blocks: blocks kept back from new sequences while others are held.
         max_model_len: bound of prompt plus output tokens.
-        shape: what suits the runner's steps: blocks taken when a sequence enters a new one, tokens replayed at once.
+        growth_blocks: most blocks that a running sequence takes at once when it enters a new one.
         has_own_pool: whether prompts are computed elsewhere and sent here, into blocks of `reserve`; else `expect`.
         hides_generated: name blocks with output tokens so that no prompt finds them, only the same sequence resumed:
             where the phases' arithmetic differs, a prompt's result must not depend on who computed its prefix.
@@ -100,7 +95,7 @@ class DecodeScheduler:
         max_num_seqs: int,
         watermark_blocks: int,
         max_model_len: int,
-        shape: StepShape = ONE_BY_ONE,
+        growth_blocks: int = 1,
         *,
         has_own_pool: bool = True,
         hides_generated: bool = False,
@@ -110,7 +105,7 @@ class DecodeScheduler:
         self._max_num_seqs = max_num_seqs
         self._watermark_blocks = watermark_blocks
         self._max_model_len = max_model_len
-        self._shape = shape
+        self._growth_blocks = growth_blocks
         self._has_own_pool = has_own_pool
         self._hides_generated = hides_generated
         self._promises = Promises()
@@ -146,10 +141,10 @@ class DecodeScheduler:
         """
         self._require_slot()
         self._hide_generated(sequence)
-        num_tokens = max(len(sequence.tokens), sequence.num_prompt_tokens + 1)
+        num_tokens = max(len(sequence.tokens), sequence.num_prefill_tokens + 1)
         # The last token is always computed here: its logits give the next one.
         cached = self._pool.match(sequence.names[: (num_tokens - 1) // self._block_size])
-        num_prompt_blocks = num_blocks_for(sequence.num_prompt_tokens, self._block_size)
+        num_prompt_blocks = num_blocks_for(sequence.num_prefill_tokens, self._block_size)
         num_fresh = max(0, num_prompt_blocks - len(cached))
         self._pool.acquire(cached)
         try:
@@ -160,9 +155,8 @@ class DecodeScheduler:
             raise
         sequence.add_blocks(cached + fresh)
         num_cached_tokens = len(cached) * self._block_size
-        sequence.num_computed_tokens = max(sequence.num_prompt_tokens, num_cached_tokens)
-        num_emitted = len(sequence.tokens) - sequence.num_prompt_tokens
-        self._slots[sequence.transfer_id] = _Slot(sequence, num_prompt_blocks, num_emitted)
+        sequence.num_computed_tokens = max(sequence.num_prefill_tokens, num_cached_tokens)
+        self._slots[sequence.transfer_id] = _Slot(sequence, num_prompt_blocks)
         return Reserved(tuple(sequence.block_ids[:num_prompt_blocks]), min(len(cached), num_prompt_blocks))
 
     def expect(self, sequence: Sequence) -> None:
@@ -174,15 +168,14 @@ class DecodeScheduler:
         self._require_slot()
         self._hide_generated(sequence)
         names, promises = sequence.names, self._promises
-        num_blocks = num_blocks_for(max(len(sequence.tokens), sequence.num_prompt_tokens + 1), self._block_size)
+        num_blocks = num_blocks_for(max(len(sequence.tokens), sequence.num_prefill_tokens + 1), self._block_size)
         num_unnamed = num_blocks - len(names)
         unheld = [name for name in names if not self._pool.num_leased((name,))]
         num_wanted = promises.num_blocks + promises.num_new(unheld) + num_unnamed
         self._require_room(0, num_wanted)
         promises.add(sequence.transfer_id, unheld, num_unnamed)
-        num_emitted = len(sequence.tokens) - sequence.num_prompt_tokens
-        num_prompt_blocks = num_blocks_for(sequence.num_prompt_tokens, self._block_size)
-        self._slots[sequence.transfer_id] = _Slot(sequence, num_prompt_blocks, num_emitted)
+        num_prompt_blocks = num_blocks_for(sequence.num_prefill_tokens, self._block_size)
+        self._slots[sequence.transfer_id] = _Slot(sequence, num_prompt_blocks)
 
     def awaits(self, transfer_id: int) -> bool:
         """Whether a sequence has a slot and no prompt yet."""
@@ -199,18 +192,18 @@ class DecodeScheduler:
         Args:
             transfer_id: of the placement.
             block_ids: of the whole prompt, in order, held by the caller until this returns.
-            first_token_id: output token 0.
+            first_token_id: the token after those that prefill has computed.
         """
         if not self.awaits(transfer_id):
             return False
         seq = self._slots[transfer_id].sequence
         # What was emitted before may still be cached. The last token is always computed: its logits give the next one.
-        num_full = seq.num_prompt_tokens // self._block_size
+        num_full = seq.num_prefill_tokens // self._block_size
         generated = self._pool.match(seq.names[num_full : (len(seq.tokens) - 1) // self._block_size])
         blocks = [*block_ids[:num_full], *generated] if generated else list(block_ids)
         self._pool.acquire(blocks)
         seq.add_blocks(blocks)
-        seq.num_computed_tokens = max(seq.num_prompt_tokens, (num_full + len(generated)) * self._block_size)
+        seq.num_computed_tokens = max(seq.num_prefill_tokens, (num_full + len(generated)) * self._block_size)
         self.commit(transfer_id, first_token_id)
         return True
 
@@ -220,9 +213,9 @@ class DecodeScheduler:
         if slot is None or slot.state is SlotState.RUNNING:
             return
         seq = slot.sequence
-        if slot.num_emitted == 0:
+        if len(seq.tokens) == seq.num_prefill_tokens:
             seq.tokens.append(first_token_id)
-        num_full = seq.num_prompt_tokens // self._block_size
+        num_full = seq.num_prefill_tokens // self._block_size
         for block_id, name in zip(seq.block_ids[:num_full], seq.names, strict=False):
             self._pool.name(block_id, name)
         slot.state = SlotState.RUNNING
@@ -230,28 +223,23 @@ class DecodeScheduler:
 
     def schedule(self) -> StepPlan:
         """Return the next step; empty where nobody can go on. Preempted sequences are gone already."""
-        plan, num_spare = StepPlan(), self._shape.replay_tokens
+        plan = StepPlan()
         for slot in list(self._running):
             if slot.num_in_flight == 0:
                 slot.is_paused = False
             if slot.state is not SlotState.RUNNING or slot.is_paused or self._has_last_token(slot):
                 continue
-            seq, start = slot.sequence, slot.position
-            num_known = min(len(seq.tokens) - start, 1 + num_spare) if num_spare else 1
-            num_tokens = max(1, num_known)
-            if self._has_block(slot, start + num_tokens - 1, plan):
-                num_spare -= num_tokens - 1
-                is_at_end = num_tokens == 1 or start + num_tokens == len(seq.tokens)
-                plan.items.append(BatchItem(seq, start, num_tokens, wants_logits=is_at_end))
+            if self._has_block(slot, plan):
+                plan.items.append(BatchItem(slot.sequence, slot.position, 1, wants_logits=True))
             else:
                 # Its lane is given up with this step, and the host knows its tokens only once nothing is in flight.
                 slot.is_paused = True
         for item in plan.items:
-            self._slots[item.sequence.transfer_id].num_in_flight += item.num_tokens
+            self._slots[item.sequence.transfer_id].num_in_flight += 1
         return plan
 
     def apply(self, plan: StepPlan, results: list[Sampled]) -> list[TokenRow]:
-        """Take a step's samples, one per item and in their order; return a row for each new token.
+        """Take a step's samples, in the order of scheduling; return a row for each new token.
 
         Finished sequences are gone afterwards. Samples of sequences that left meanwhile are thrown away.
         """
@@ -259,18 +247,16 @@ class DecodeScheduler:
         for item, result in zip(plan.items, results, strict=True):
             transfer_id = item.sequence.transfer_id
             slot = self._slots.get(transfer_id) or self._leaving[transfer_id]
-            slot.num_in_flight -= item.num_tokens
+            slot.num_in_flight -= 1
             if slot.state is SlotState.LEAVING:
                 self._release_if_idle(slot)
                 continue
             seq = slot.sequence
-            for _ in range(item.num_tokens):
-                seq.num_computed_tokens += 1
-                self._name_full_block(seq)
+            seq.num_computed_tokens += 1
+            self._name_full_block(seq)
             if seq.num_computed_tokens < len(seq.tokens):
-                self.num_replayed_tokens += item.num_tokens
+                self.num_replayed_tokens += 1
                 continue
-            self.num_replayed_tokens += item.num_tokens - 1
             assert result.token_id >= 0, "the device ended a sequence that has not ended"
             seq.tokens.append(result.token_id)
             rows.append(self._row(slot, result))
@@ -315,10 +301,10 @@ class DecodeScheduler:
                 f"{num_wanted} blocks wanted and {reserve} kept back, {self._pool.num_available} available"
             )
 
-    def _has_block(self, slot: _Slot, last: int, plan: StepPlan) -> bool:
-        """Give a sequence blocks up to a position, at the cost of younger ones; False if it must wait or go."""
+    def _has_block(self, slot: _Slot, plan: StepPlan) -> bool:
+        """Give a sequence the block of its next position, at the cost of younger ones; False if it must wait or go."""
         seq = slot.sequence
-        while last // self._block_size >= len(seq.block_ids):
+        while slot.position // self._block_size >= len(seq.block_ids):
             spare = self._pool.num_available - self._watermark_blocks
             try:
                 seq.add_blocks(self._pool.allocate(max(1, min(self._blocks_to_grow(slot), spare))))
@@ -340,7 +326,7 @@ class DecodeScheduler:
     def _blocks_to_grow(self, slot: _Slot) -> int:
         seq = slot.sequence
         last = min(self._max_model_len, seq.num_prompt_tokens + seq.sampling.max_tokens)
-        return min(self._shape.growth_blocks, num_blocks_for(last, self._block_size) - len(seq.block_ids))
+        return min(self._growth_blocks, num_blocks_for(last, self._block_size) - len(seq.block_ids))
 
     def _preempt(self, slot: _Slot, plan: StepPlan) -> None:
         self.num_preemptions += 1

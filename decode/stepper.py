@@ -228,7 +228,7 @@ class DecodeStepper:
             self._emit(StepRows(tuple((transfer_ids[row.request_id, row.epoch], row) for row in rows)))
         now_s = time.monotonic()
         self.counters.num_steps += 1
-        self.counters.num_computed_tokens += sum(item.num_tokens for item in plan.items)
+        self.counters.num_computed_tokens += len(plan.items)
         # Steps overlap where several are in flight: count each moment once.
         self.counters.step_s += now_s - max(flight.launched_s, self._collected_s)
         self._collected_s = now_s

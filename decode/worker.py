@@ -32,7 +32,7 @@ from decode.stepper import (
 from engine.block_pool import BlockPool, PoolWatch
 from engine.compute_loop import ComputeLoop
 from engine.decode_runner import DecodeRunner
-from engine.execution import open_decode_runner, stays_on_device
+from engine.execution import open_decode_runner, phases_agree, stays_on_device
 from engine.loading import LoadedModel, load, pin_process
 from engine.local_handoff import LocalLink, OnePool
 from engine.placement import refusal_of, sequence_of
@@ -78,6 +78,7 @@ class DecodeWorker:
             model.fingerprint,
             (model.num_blocks, config.max_num_seqs, model.max_model_len),
             model.backend,
+            phases_agree(model),
         )
         if isinstance(arrival, OnePool):
             runner = open_decode_runner(model, arrival.kv_cache, config.max_num_seqs, log.info, arrival.queues.decode)
@@ -109,7 +110,7 @@ class DecodeWorker:
             config.max_num_seqs,
             config.watermark_blocks,
             model.max_model_len,
-            runner.shape,
+            runner.growth_blocks,
             has_own_pool=watch is None,
             # A device computes prompts and single tokens with different kernels, whose bits may differ.
             hides_generated=stays_on_device(model),

@@ -44,22 +44,8 @@ class InFlight(Protocol):
         ...
 
     def results(self) -> list[Sampled]:
-        """Wait for the step and return its samples, one per item; NO_TOKEN: none was wanted, or the lane had ended."""
+        """Wait for the step and return its samples, one per item; NO_TOKEN for one whose lane had ended."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class StepShape:
-    """What suits the steps of a runner.
-
-    Attributes:
-        growth_blocks: blocks that a sequence had best take at once, since writing its table may cost something.
-        replay_tokens: known tokens that a step may compute beside the first of each sequence, with the bits of single
-            steps; few, since everybody in the batch waits for them.
-    """
-
-    growth_blocks: int = 1
-    replay_tokens: int = 0
 
 
 class DecodeRunner(Protocol):
@@ -67,13 +53,14 @@ class DecodeRunner(Protocol):
 
     Attributes:
         depth: steps that may be in flight at once.
+        growth_blocks: blocks that a sequence had best take at once, since writing its table costs something.
     """
 
     depth: int
-    shape: StepShape
+    growth_blocks: int
 
     def launch(self, items: Sequence[BatchItem]) -> InFlight:
-        """Begin a step: the tokens of each item, which has the blocks; one each where nothing is replayed in runs."""
+        """Begin a step: one token of each item, at position `item.start`, whose block the item's sequence has."""
         ...
 
 
@@ -89,22 +76,16 @@ class _Done:
 
 
 class HostDecodeRunner:
-    """Steps whose tokens come back to the host before the next one begins.
+    """Steps whose tokens come back to the host before the next one begins."""
 
-    Args:
-        runner: computes them.
-        replay_tokens: see `StepShape`.
-    """
+    depth = growth_blocks = 1
 
-    depth = 1
-
-    def __init__(self, runner: Runner, replay_tokens: int = 0) -> None:
+    def __init__(self, runner: Runner) -> None:
         self._runner = runner
-        self.shape = StepShape(replay_tokens=replay_tokens)
 
     def launch(self, items: Sequence[BatchItem]) -> InFlight:
         """Compute the step."""
-        return _Done([result or Sampled(NO_TOKEN) for result in self._runner.step(items)])
+        return _Done([result for result in self._runner.step(items) if result is not None])
 
 
 Compute = Callable[[int, bool], Tensor]
@@ -161,7 +142,7 @@ class LaneDecodeRunner:
     ) -> None:
         assert 0 < depth < RING, depth
         self.depth = depth
-        self.shape = StepShape(growth_blocks=max(1, _GROWTH_TOKENS // sizes.block_size))
+        self.growth_blocks = max(1, _GROWTH_TOKENS // sizes.block_size)
         self._compute = compute
         self._state = state
         self._queue = queue

@@ -23,14 +23,15 @@ from engine.sequence import num_blocks_for
 from model.native_decoder import NativeDecoder
 from model.torch_decoder import TorchDecoder
 
-# A step that replays so many tokens takes about twice as long as one without: the others wait a moment longer, and a
-# stream of 256 tokens that lost its worker is back after 16 steps.
-REPLAY_TOKENS = 16
-
 
 def stays_on_device(model: LoadedModel) -> bool:
     """Tell whether steps of this model need nothing of the host."""
     return isinstance(model.decoder, TorchDecoder) and model.decoder.kernels.is_capturable
+
+
+def phases_agree(model: LoadedModel) -> bool:
+    """Tell whether a sequence's bits do not depend on how it is cut into prompts, chunks and steps."""
+    return isinstance(model.decoder, NativeDecoder)
 
 
 def open_batch_runner(model: LoadedModel, kv_cache: KVCache, queue: DeviceQueue | None = None) -> BatchRunner:
@@ -58,9 +59,7 @@ def open_decode_runner(
         queue: where steps run; None opens one.
     """
     if not stays_on_device(model):
-        # Only the native step's bits are known to be the same for any cut of a sequence.
-        replay_tokens = REPLAY_TOKENS if isinstance(model.decoder, NativeDecoder) else 0
-        return HostDecodeRunner(Runner(model.decoder, kv_cache), replay_tokens)
+        return HostDecodeRunner(Runner(model.decoder, kv_cache))
     queue = queue or open_queue(model.device)
     sizes = lane_sizes(model, max_num_seqs)
     state = LaneState(sizes, queue)

@@ -13,13 +13,13 @@ def refusal_of(message: Prefill | Reserve, model: LoadedModel) -> str | None:
 
     The router checks the same against the tokenizer; a worker must not index out of its tables all the same.
     """
-    num_tokens = len(message.prompt) + (len(message.emitted) if isinstance(message, Reserve) else 0)
+    num_tokens = len(message.prompt) + len(message.emitted)
     if not message.prompt or num_tokens >= model.max_model_len:
         return f"{num_tokens} tokens; this worker takes 1 to {model.max_model_len - 1}"
     sampling = message.sampling
     largest = max(
         *message.prompt,
-        *(message.emitted if isinstance(message, Reserve) else ()),
+        *message.emitted,
         *sampling.stop_token_ids,
         *sampling.eos_token_ids,
         *(token_id for token_id, _ in sampling.logit_bias),
@@ -33,9 +33,8 @@ def sequence_of(message: Prefill | Reserve, model: LoadedModel) -> Sequence:
 
     Costs about a microsecond per block: called on the event loop, so that the compute thread need not hash.
     """
-    tokens = list(message.prompt)
-    if isinstance(message, Reserve):
-        tokens.extend(message.emitted)
+    tokens = [*message.prompt, *message.emitted]
+    is_replayed = isinstance(message, Reserve) and message.is_replayed
     root = root_hash(model.fingerprint.model_hash, message.cache_salt)
     return Sequence(
         request_id=message.request_id,
@@ -43,6 +42,7 @@ def sequence_of(message: Prefill | Reserve, model: LoadedModel) -> Sequence:
         epoch=message.epoch,
         tokens=tokens,
         num_prompt_tokens=len(message.prompt),
+        num_prefill_tokens=len(message.prompt) if is_replayed else len(tokens),
         sampling=message.sampling,
         root=root,
         names=block_hashes(tokens, model.fingerprint.block_size, root),

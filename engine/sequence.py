@@ -17,6 +17,8 @@ class Sequence:
 
     Attributes:
         tokens: prompt followed by output; `num_prompt_tokens` says where the output starts.
+        num_prefill_tokens: leading tokens that a prefill worker computes: the prompt, and the output of earlier
+            placements where the phases agree bit by bit. 0 stands for the prompt.
         num_computed_tokens: tokens whose KV stands in the blocks.
         names: hashes of the full blocks known so far, in order, starting from the root of model and tenant.
     """
@@ -29,9 +31,13 @@ class Sequence:
     sampling: SamplingParams
     root: BlockHash
     names: list[BlockHash]
+    num_prefill_tokens: int = 0
     num_computed_tokens: int = 0
     block_ids: list[int] = field(default_factory=list)
     block_table: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
+
+    def __post_init__(self) -> None:
+        self.num_prefill_tokens = self.num_prefill_tokens or self.num_prompt_tokens
 
     @property
     def output(self) -> list[int]:

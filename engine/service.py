@@ -292,7 +292,12 @@ class WorkerService:
 
 
 def new_registration(
-    config: ServiceConfig, role: Role, fingerprint: KVFingerprint, sizes: RegistrationSizes, backend: str
+    config: ServiceConfig,
+    role: Role,
+    fingerprint: KVFingerprint,
+    sizes: RegistrationSizes,
+    backend: str,
+    phases_agree: bool,
 ) -> Register:
     """Return the registration of a fresh instance of a worker."""
     return Register(
@@ -305,6 +310,7 @@ def new_registration(
         max_model_len=sizes[2],
         backend=backend[:4000],
         pid=os.getpid(),
+        phases_agree=phases_agree,
     )
 
 

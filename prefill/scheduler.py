@@ -64,7 +64,7 @@ class PrefillJob:
     @property
     def num_left(self) -> int:
         """Prompt tokens still to be computed."""
-        return self.sequence.num_prompt_tokens - self.sequence.num_computed_tokens
+        return self.sequence.num_prefill_tokens - self.sequence.num_computed_tokens
 
 
 class PrefillScheduler:
@@ -210,12 +210,12 @@ class PrefillScheduler:
         """Give a job its blocks; return False if there are not enough. One that waits for another's block is passed."""
         seq = job.sequence
         # The last token is always computed: its logits give the first output token.
-        usable = (seq.num_prompt_tokens - 1) // self._block_size
+        usable = (seq.num_prefill_tokens - 1) // self._block_size
         cached = self._pool.match(seq.names[:usable])
         if len(cached) < usable and seq.names[len(cached)] in being_computed:
             return True
         self._pool.acquire(cached)
-        num_fresh = num_blocks_for(seq.num_prompt_tokens, self._block_size) - len(cached)
+        num_fresh = num_blocks_for(seq.num_prefill_tokens, self._block_size) - len(cached)
         num_kept_back = 0 if self.taker is None else self.taker.num_kept_back
         if num_fresh + num_kept_back > self._pool.num_available:
             self._pool.release(cached)

@@ -270,9 +270,10 @@ class PrefillStepper:
         if job.state is JobState.ABORTED:
             return
         seq, now_s = job.sequence, time.monotonic()
-        room_tokens = self._max_model_len - seq.num_prompt_tokens - 1
-        reason = seq.sampling.finish_reason(result.token_id, 1, room_tokens)
-        row = TokenRow(seq.request_id, seq.epoch, 0, result.token_id, reason, result.logprobs)
+        room_tokens = self._max_model_len - seq.num_prefill_tokens - 1
+        index = seq.num_output_tokens
+        reason = seq.sampling.finish_reason(result.token_id, index + 1, room_tokens)
+        row = TokenRow(seq.request_id, seq.epoch, index, result.token_id, reason, result.logprobs)
         queue_s, prefill_s = job.started_s - job.arrived_s, now_s - job.started_s
         self._emit(FirstTokenReady(job.transfer_id, row, job.num_cached_tokens, queue_s, prefill_s))
         taker = self._scheduler.taker

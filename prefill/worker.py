@@ -22,7 +22,7 @@ import msgspec
 
 from engine.block_pool import BlockPool, PoolCounts
 from engine.compute_loop import ComputeLoop
-from engine.execution import open_batch_runner, stays_on_device
+from engine.execution import open_batch_runner, phases_agree, stays_on_device
 from engine.loading import LoadedModel, load, pin_process
 from engine.local_handoff import TRANSPORT as LOCAL
 from engine.local_handoff import OnePool, PromptTaker
@@ -78,6 +78,7 @@ class PrefillWorker:
             model.fingerprint,
             (model.num_blocks, config.max_num_seqs, model.max_model_len),
             model.backend,
+            phases_agree(model),
         )
         if isinstance(departure, OnePool):
             address = PeerAddress(worker_id=registration.worker_id, instance=registration.instance, transport=LOCAL)

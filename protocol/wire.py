@@ -12,6 +12,7 @@ no pickle. A message starts with its type name; unknown fields are ignored, unkn
 History of WIRE_VERSION (raise it when an old peer would misread a new message):
     1  first version
     2  peers: staging and checksum are agreed on; each end says Tested before the connection is used
+    3  a prompt may be followed by what was emitted before, computed by prefill: FirstToken is the token after that
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from protocol.errors import ProtocolError
 from protocol.kv_layout import KVFingerprint, Staging
 from protocol.request import SamplingParams, TokenId, TokenRow
 
-WIRE_VERSION = 2
+WIRE_VERSION = 3
 MAX_MESSAGE_BYTES = 8 << 20
 MAX_PROMPT_TOKENS = 1 << 20
 MAX_STRING_BYTES = 1 << 16
@@ -88,7 +89,10 @@ class PeerAddress(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Register(Message, frozen=True, kw_only=True):
-    """A worker's first message. `instance` is new at every start of the process."""
+    """A worker's first message. `instance` is new at every start of the process.
+
+    `phases_agree`: a prompt's chunks and decode's steps give the same bits, whoever computes a token.
+    """
 
     worker_id: Name
     instance: Id
@@ -100,6 +104,7 @@ class Register(Message, frozen=True, kw_only=True):
     backend: Text = ""
     pid: Count = 0
     address: PeerAddress | None = None
+    phases_agree: bool = False
 
 
 class WorkerStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -211,7 +216,8 @@ class Members(Message, frozen=True, kw_only=True):
 class Reserve(Message, frozen=True, kw_only=True):
     """Place a request on a decode worker: allocate, then GRANT to the prefill worker.
 
-    `emitted` are output tokens that reached the client in earlier placements; they are replayed through decode steps.
+    `emitted` are output tokens that reached the client in earlier placements. Their KV comes with the prompt's, unless
+    `is_replayed`: then they are computed here, by decode steps.
     """
 
     request_id: Id
@@ -220,6 +226,7 @@ class Reserve(Message, frozen=True, kw_only=True):
     prefill_worker_id: Name
     prompt: TokenIds
     emitted: TokenIds = ()
+    is_replayed: bool = False
     sampling: SamplingParams
     cache_salt: Name = ""
 
@@ -227,6 +234,7 @@ class Reserve(Message, frozen=True, kw_only=True):
 class Prefill(Message, frozen=True, kw_only=True):
     """Place a request on a prefill worker. Without a decode worker it ends with its first token.
 
+    `emitted` are output tokens of earlier placements that are computed like the prompt's: the first token follows them.
     `deadline_s` is how long from now the first token may take: it orders the queue, it does not cancel.
     """
 
@@ -235,6 +243,7 @@ class Prefill(Message, frozen=True, kw_only=True):
     epoch: Count
     decode_worker_id: Name | None
     prompt: TokenIds
+    emitted: TokenIds = ()
     sampling: SamplingParams
     deadline_s: float
     cache_salt: Name = ""

@@ -10,6 +10,8 @@
 2. Tokens are delivered once and in order, by (epoch, index). First token and later ones come from two workers, so the
    later ones may overtake it: they are kept until it is here. Any other gap fails the placement.
 3. A lost placement begins a new epoch with the tokens that the client has; nothing of an older one counts any more.
+   Where the phases agree bit by bit, prefill computes these as well and samples the one after them, so that nobody's
+   fault holds up another stream; elsewhere decode replays them, step by step.
 4. A refusal costs a pause, on that worker only; nobody overtakes a request that waits for room.
 5. A stream whose client does not read is paused: it gives its placement up, and gets another when the client reads on.
 6. The streams of a draining decode worker are moved to another one with room, a few at a time; it goes on with those
@@ -144,21 +146,23 @@ class Dispatch:
     # --- events from workers ---
 
     def first_token(self, key: WorkerKey, message: FirstToken, now_s: float) -> list[Instruction]:
-        """Take token 0 of a placement."""
+        """Take the token that the prefill worker of a placement has sampled."""
         request = self._current(message.transfer_id)
         if request is None or request.placement is None or request.placement.prefill != key:
             return []
         placement, row = request.placement, message.row
-        if (row.request_id, row.epoch, row.index) != (request.request_id, request.epoch, 0) or not _is_token(row):
+        expected = (request.request_id, request.epoch, placement.first_index)
+        if (row.request_id, row.epoch, row.index) != expected or not _is_token(row):
             return self._replace(request, f"{key.worker_id} sent a first token that is not ours", now_s)
         self.loads.computed(placement.transfer_id, placement.prefill)
         if placement.decode is None or row.finish_reason is not None:
             placement.prefill_holds = False
         out: list[Instruction] = []
-        if request.tokens and row.finish_reason is not None:
+        is_known = row.index < len(request.tokens)
+        if is_known and row.finish_reason is not None:
             # The prefill worker takes it for complete and sends no KV; the client has seen it go on.
             return self._replace(request, "the prompt, computed again, ended otherwise", now_s)
-        if not request.tokens:
+        if not is_known:
             if placement.decode is None and row.finish_reason is None:
                 row = _ended(row, FinishReason.LENGTH)
             rows = [row, *placement.early]
@@ -238,19 +242,19 @@ class Dispatch:
 
     def _row(self, request: RequestState, placement: Placement, row: TokenRow, now_s: float) -> list[Instruction]:
         """Deliver, keep or drop one row of the current epoch."""
-        num_delivered = len(request.tokens)
-        if row.index < num_delivered or 0 < row.index <= len(placement.early):
+        num_delivered, first = len(request.tokens), placement.first_index
+        if row.index < num_delivered or first < row.index <= first + len(placement.early):
             return []
         if not _is_token(row):
             return self._replace(request, f"token id {row.token_id} is none", now_s)
         if placement.prefill_holds:
-            # Decode computes only what has landed: the prefill worker is done, unless its token 0 is still on the way.
+            # Decode computes only what has landed: the prefill worker is done, unless its token is still on the way.
             self.loads.ended(placement.transfer_id, placement.prefill)
             self._has_freed = True
-            placement.prefill_holds = num_delivered == 0
+            placement.prefill_holds = num_delivered == first
         if row.index == num_delivered:
             return self._deliver(request, [row], None)
-        if num_delivered == 0 and row.index == len(placement.early) + 1:
+        if num_delivered == first and row.index == first + len(placement.early) + 1:
             placement.early.append(row)
             return []
         return self._replace(request, f"token {row.index} came instead of {num_delivered}", now_s)
@@ -265,13 +269,13 @@ class Dispatch:
             request.tokens.append(row.token_id)
             out.append(Deliver(request.request_id, row, first if row.index == 0 else None))
             if row.finish_reason is not None:
-                if row.index > 0:
+                if row.index > placement.first_index:
                     placement.prefill_holds = placement.decode_holds = False
                 return out + self._end(request, Finish(request.request_id, row.finish_reason), "finished")
-        if rows[-1].index > 0:
+        placement.is_steady = rows[-1].index > placement.first_index
+        if placement.is_steady:
             placement.prefill_holds = False
         self._grow(request, placement)
-        placement.is_steady = rows[-1].index > 0
         request.is_moving &= not placement.is_steady
         if placement.is_steady:
             request.num_failures = 0  # a stream that gets on is never given up
@@ -315,8 +319,9 @@ class Dispatch:
         # Who gave way before comes back with room for more, so that it does not give way again at once.
         room_tokens = max(0, submission.sampling.max_tokens - len(request.tokens) - 1)
         num_tokens += min(room_tokens, request.num_preemptions * fingerprint.block_size)
+        num_prefill_tokens = len(submission.prompt) + (len(request.tokens) if self._registry.phases_agree else 0)
         return Demand(
-            num_prompt_tokens=len(submission.prompt),
+            num_prompt_tokens=num_prefill_tokens,
             names=request.names,
             num_blocks=num_blocks_for(num_tokens, fingerprint.block_size),
             needs_decode=request.needs_decode,
@@ -328,14 +333,17 @@ class Dispatch:
         prefill, decode = self._key(prefill_id), None if decode_id is None else self._key(decode_id)
         transfer_id = self._ids.next()
         request.epoch += 1
-        request.placement = Placement(transfer_id, prefill, decode, decode_holds=decode is not None)
+        emitted = tuple(request.tokens)
+        for_prefill = emitted if self._registry.phases_agree else ()
+        request.placement = Placement(transfer_id, prefill, decode, len(for_prefill), decode_holds=decode is not None)
         self._by_transfer[transfer_id] = request
         self.loads.placed(transfer_id, demand, prefill, decode)
         submission, epoch = request.submission, request.epoch
         out: list[Instruction] = []
         if decode is not None:
-            out.append(Send(decode, submission.reserve(transfer_id, epoch, prefill_id, tuple(request.tokens))))
-        out.append(Send(prefill, submission.prefill(transfer_id, epoch, decode_id, now_s)))
+            is_replayed = len(for_prefill) < len(emitted)
+            out.append(Send(decode, submission.reserve(transfer_id, epoch, prefill_id, emitted, is_replayed)))
+        out.append(Send(prefill, submission.prefill(transfer_id, epoch, decode_id, for_prefill, now_s)))
         return [*out, Placed(submission.request_id, epoch)]
 
     def _key(self, worker_id: str) -> WorkerKey:

@@ -27,8 +27,18 @@ class Submission:
     first_token_due_s: float
     cache_salt: str = ""
 
-    def reserve(self, transfer_id: int, epoch: int, prefill_id: str, emitted: tuple[int, ...]) -> Reserve:
-        """Return what a decode worker is told; `emitted` are the tokens that the client has."""
+    def reserve(
+        self, transfer_id: int, epoch: int, prefill_id: str, emitted: tuple[int, ...], is_replayed: bool
+    ) -> Reserve:
+        """Return what a decode worker is told.
+
+        Args:
+            transfer_id: of the placement.
+            epoch: of the placement.
+            prefill_id: where the KV comes from.
+            emitted: the tokens that the client has.
+            is_replayed: whether decode computes these itself.
+        """
         return Reserve(
             request_id=self.request_id,
             transfer_id=transfer_id,
@@ -36,18 +46,22 @@ class Submission:
             prefill_worker_id=prefill_id,
             prompt=self.prompt,
             emitted=emitted,
+            is_replayed=is_replayed,
             sampling=self.sampling,
             cache_salt=self.cache_salt,
         )
 
-    def prefill(self, transfer_id: int, epoch: int, decode_id: str | None, now_s: float) -> Prefill:
-        """Return what a prefill worker is told."""
+    def prefill(
+        self, transfer_id: int, epoch: int, decode_id: str | None, emitted: tuple[int, ...], now_s: float
+    ) -> Prefill:
+        """Return what a prefill worker is told; it computes `emitted` after the prompt."""
         return Prefill(
             request_id=self.request_id,
             transfer_id=transfer_id,
             epoch=epoch,
             decode_worker_id=decode_id,
             prompt=self.prompt,
+            emitted=emitted,
             sampling=self.sampling,
             deadline_s=self.first_token_due_s - now_s,
             cache_salt=self.cache_salt,

@@ -102,6 +102,11 @@ class Registry:
         return [w for w in self._workers.values() if w.role is Role.DECODE]
 
     @property
+    def phases_agree(self) -> bool:
+        """Whether a token's bits do not depend on which worker computes it, nor in which company."""
+        return all(worker.registration.phases_agree for worker in self._workers.values())
+
+    @property
     def addresses(self) -> tuple[PeerAddress, ...]:
         """Where decode workers find the prefill workers."""
         return tuple(w.registration.address for w in self.prefills if w.registration.address is not None)

@@ -16,15 +16,17 @@ class Placement:
     """Where a request is.
 
     Attributes:
+        first_index: of the token that the prefill worker samples.
         prefill_holds, decode_holds: whether that worker has something of it.
         is_steady: the stream has reached the decode worker: rows that follow only add to it.
         num_covered_tokens: output tokens that the blocks told to the loads hold.
-        early: rows that came before token 0.
+        early: rows that came before the one that the prefill worker samples.
     """
 
     transfer_id: int
     prefill: WorkerKey
     decode: WorkerKey | None
+    first_index: int = 0
     prefill_holds: bool = True
     decode_holds: bool = True
     is_steady: bool = False

@@ -82,7 +82,7 @@ async def client_gaps_s(
     """Return the gaps between tokens of `batch` streams whose context is so long on average over the steps counted."""
     runner, pool = rig.new_runner(compute), shuffled_pool(rig.num_blocks)
     block_size = rig.loaded.fingerprint.block_size
-    scheduler = DecodeScheduler(pool, block_size, batch, 0, rig.max_model_len, runner.shape)
+    scheduler = DecodeScheduler(pool, block_size, batch, 0, rig.max_model_len, runner.growth_blocks)
     loop, consumer = ComputeLoop(1), Consumer(batch)
     stepper = DecodeStepper(runner, pool, scheduler, lambda emission: loop.call_back(consumer.take, emission))
     loop.add(stepper, consumer.fail)

@@ -14,7 +14,7 @@ from decode.scheduler import DecodeScheduler
 from decode.stepper import Abandoned, DecodeStepper, DropSequence, GaveWay, NoRoom, ReserveBlocks, StepRows
 from engine.batch import BatchItem
 from engine.block_pool import BlockPool, PoolWatch
-from engine.decode_runner import DecodeRunner, HostDecodeRunner, LaneDecodeRunner, LaneStep, StepShape
+from engine.decode_runner import DecodeRunner, HostDecodeRunner, LaneDecodeRunner, LaneStep
 from engine.execution import lane_sizes
 from engine.kv_cache import KVCache
 from engine.lane_state import LaneState
@@ -76,7 +76,7 @@ class Watched:
         self._block_size = block_size
         self.depth: int = runner.depth
         self.mark = getattr(runner, "mark", None)
-        self.shape: StepShape = getattr(runner, "shape", StepShape())
+        self.growth_blocks: int = getattr(runner, "growth_blocks", 0)
         self.other: Watched | None = None
         self.flights: list[tuple[set[int], set[int]]] = []
 
@@ -166,10 +166,11 @@ class OnePoolPair:
         self.pool = WatchedPool(num_blocks)
         watch = PoolWatch(self.pool)
         runners = open_runners(model, self.kv_cache, max_num_seqs)
+        self.replays = runners.runs_ahead
         prefill, decode = Watched(runners.prefill, size), Watched(runners.decode, size)
         prefill.other, decode.other, self.pool.runners = decode, prefill, (prefill, decode)
         self.decode_scheduler = DecodeScheduler(
-            self.pool, size, max_num_seqs, watermark_blocks, model.max_model_len, decode.shape,
+            self.pool, size, max_num_seqs, watermark_blocks, model.max_model_len, decode.growth_blocks,
             has_own_pool=False, hides_generated=runners.runs_ahead,
         )  # fmt: skip
         self.decode = DecodeStepper(decode, self.pool, self.decode_scheduler, self._from_decode, watch)
@@ -212,10 +213,12 @@ class OnePoolPair:
         needs_decode = request.sampling.max_tokens > 1
         reserve = Reserve(
             request_id=request.request_id, transfer_id=transfer_id, epoch=transfer_id, prefill_worker_id="p",
-            prompt=tuple(request.prompt), emitted=tuple(request.tokens), sampling=request.sampling,
+            prompt=tuple(request.prompt), emitted=tuple(request.tokens), is_replayed=self.replays,
+            sampling=request.sampling,
         )  # fmt: skip
         message = Prefill(
             request_id=request.request_id, transfer_id=transfer_id, epoch=transfer_id, deadline_s=1.0,
+            emitted=() if self.replays else tuple(request.tokens),
             decode_worker_id="d" if needs_decode else None, prompt=tuple(request.prompt), sampling=request.sampling,
         )  # fmt: skip
         now_s = time.monotonic()
@@ -282,7 +285,7 @@ class OnePoolPair:
         if request is None:
             return
         request.num_cached_tokens = emission.num_cached_tokens
-        if not request.tokens:
+        if not (self.replays and request.tokens):
             self._deliver(request, emission.row)
         if request.sampling.max_tokens == 1:
             assert emission.row.finish_reason is FinishReason.LENGTH

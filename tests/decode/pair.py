@@ -32,9 +32,7 @@ from protocol.wire import Prefill, Reserve
 class Pair:
     """The two steppers, without threads or sockets."""
 
-    def __init__(
-        self, model: LoadedModel, *, chunk_tokens: int = 16, decode_blocks: int | None = None, replay_tokens: int = 0
-    ) -> None:
+    def __init__(self, model: LoadedModel, *, chunk_tokens: int = 16, decode_blocks: int | None = None) -> None:
         self.model = model
         self.from_prefill: list[PrefillEmission] = []
         self.from_decode: list[DecodeEmission] = []
@@ -52,18 +50,28 @@ class Pair:
         )
         self.decode_kv = KVCache(model.fingerprint, decode_blocks or model.num_blocks, model.device)
         self.decode_pool = BlockPool(decode_blocks or model.num_blocks)
-        runner = HostDecodeRunner(Runner(model.decoder, self.decode_kv), replay_tokens)
-        scheduler = DecodeScheduler(self.decode_pool, size, 16, 0, model.max_model_len, runner.shape)
+        scheduler = DecodeScheduler(self.decode_pool, size, 16, 0, model.max_model_len)
+        runner = HostDecodeRunner(Runner(model.decoder, self.decode_kv))
         self.decode = DecodeStepper(runner, self.decode_pool, scheduler, self.from_decode.append)
         self.tokens: dict[int, list[int]] = {}
         self.reasons: dict[int, FinishReason | None] = {}
         self.rows: dict[int, list[TokenRow]] = {}
 
-    def place(self, transfer_id: int, prompt: list[int], sampling: SamplingParams, emitted: list[int]) -> bool:
-        """Prefill a prompt, copy what decode lacks, and let it join; False when decode has no room."""
+    def place(
+        self,
+        transfer_id: int,
+        prompt: list[int],
+        sampling: SamplingParams,
+        emitted: list[int],
+        is_replayed: bool = True,
+    ) -> bool:
+        """Prefill a prompt, copy what decode lacks, and let it join; False when decode has no room.
+
+        What was emitted before is replayed by decode, or computed by prefill.
+        """
         reserve = Reserve(
             request_id=transfer_id, transfer_id=transfer_id, epoch=1, prefill_worker_id="p", prompt=tuple(prompt),
-            emitted=tuple(emitted), sampling=sampling,
+            emitted=tuple(emitted), is_replayed=is_replayed, sampling=sampling,
         )  # fmt: skip
         self.decode.handle(ReserveBlocks(sequence_of(reserve, self.model), "p"))
         granted = self.from_decode.pop()
@@ -72,14 +80,14 @@ class Pair:
         assert isinstance(granted, Granted)
         message = Prefill(
             request_id=transfer_id, transfer_id=transfer_id, epoch=1, decode_worker_id="d", prompt=tuple(prompt),
-            sampling=sampling, deadline_s=1.0,
+            emitted=() if is_replayed else tuple(emitted), sampling=sampling, deadline_s=1.0,
         )  # fmt: skip
         now_s = time.monotonic()
         self.prefill.handle(Submit(PrefillJob(sequence_of(message, self.model), "d", now_s, now_s + 1)))
         while self.prefill.step() or self.prefill.is_waiting:
             pass
         first = self._copy(granted)
-        self.tokens.setdefault(transfer_id, first if not emitted else list(emitted))
+        self.tokens[transfer_id] = list(emitted) + (first if not emitted or not is_replayed else [])
         self.prefill.handle(TransferEnded(transfer_id))
         self.decode.handle(JoinBatch(transfer_id, first[0]))
         return True

@@ -98,7 +98,7 @@ def test_every_batch_size_is_recorded_from_the_largest_down_and_replays_give_the
 
     num_calls = len(calls)
     runner = LaneDecodeRunner(graphs, state, sizes, queue)
-    scheduler = DecodeScheduler(pair.decode_pool, 8, 6, 0, 512, runner.shape)
+    scheduler = DecodeScheduler(pair.decode_pool, 8, 6, 0, 512, runner.growth_blocks)
     pair.decode = DecodeStepper(runner, pair.decode_pool, scheduler, pair.from_decode.append)
     for transfer_id in range(5):
         for each in (pair, plain):

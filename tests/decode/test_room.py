@@ -32,7 +32,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
 def _sequence(model: LoadedModel, transfer_id: int, prompt: list[int], emitted: Seq[int] = ()) -> Sequence:
     reserve = Reserve(
         request_id=transfer_id, transfer_id=transfer_id, epoch=1, prefill_worker_id="p", prompt=tuple(prompt),
-        emitted=tuple(emitted), sampling=params(0, max_tokens=60),
+        emitted=tuple(emitted), is_replayed=True, sampling=params(0, max_tokens=60),
     )  # fmt: skip
     return sequence_of(reserve, model)
 

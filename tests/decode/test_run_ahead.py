@@ -45,7 +45,7 @@ class AheadPair(Pair):
         sizes, queue = replace(lane_sizes(model, max_lanes), num_biases=4, num_endings=4), LateQueue()
         self.state = LaneState(sizes, queue)
         self.runner = LaneDecodeRunner(LaneStep(decoder, self.decode_kv, self.state, sizes), self.state, sizes, queue)
-        scheduler = DecodeScheduler(self.decode_pool, 8, max_lanes, 0, 512, self.runner.shape)
+        scheduler = DecodeScheduler(self.decode_pool, 8, max_lanes, 0, 512, self.runner.growth_blocks)
         self.decode = DecodeStepper(self.runner, self.decode_pool, scheduler, self.from_decode.append)
         prefill_pool = BlockPool(model.num_blocks)
         self.prefill = PrefillStepper(

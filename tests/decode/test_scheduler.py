@@ -8,7 +8,6 @@ import pytest
 
 from decode.scheduler import DecodeScheduler, StepPlan
 from engine.block_pool import BlockPool
-from engine.decode_runner import NO_TOKEN, StepShape
 from engine.sampler import Sampled
 from engine.sequence import Sequence
 from protocol.block_hash import block_hashes, root_hash
@@ -36,17 +35,19 @@ def _sequence(
     )
 
 
-def _scheduler(
-    num_blocks: int = 50, max_num_seqs: int = 8, watermark: int = 0, replay_tokens: int = 0
-) -> tuple[DecodeScheduler, BlockPool]:
-    pool, shape = BlockPool(num_blocks), StepShape(replay_tokens=replay_tokens)
-    return DecodeScheduler(pool, BLOCK, max_num_seqs, watermark, MAX_LEN, shape), pool
+def _scheduler(num_blocks: int = 50, max_num_seqs: int = 8, watermark: int = 0) -> tuple[DecodeScheduler, BlockPool]:
+    pool = BlockPool(num_blocks)
+    return DecodeScheduler(pool, BLOCK, max_num_seqs, watermark, MAX_LEN), pool
+
+
+def _token(seq: Sequence) -> int:
+    """What the model under test would say: a function of the position alone."""
+    return 1000 + seq.num_computed_tokens
 
 
 def _step(scheduler: DecodeScheduler) -> tuple[StepPlan, list[TokenRow]]:
     plan = scheduler.schedule()
-    # What the model under test would say: a function of the position alone.
-    results = [Sampled(1000 + item.start + item.num_tokens if item.wants_logits else NO_TOKEN) for item in plan.items]
+    results = [Sampled(_token(item.sequence) + 1) for item in plan.items]
     return plan, scheduler.apply(plan, results)
 
 
@@ -127,32 +128,6 @@ def test_a_preempted_sequence_goes_on_with_the_same_tokens() -> None:
     assert other.num_replayed_tokens == 4
 
 
-def test_known_tokens_are_replayed_in_runs_within_the_budget_of_a_step() -> None:
-    scheduler, pool = _scheduler(replay_tokens=6)
-    emitted = tuple(1006 + i for i in range(10))
-    for transfer_id in (1, 2):
-        scheduler.reserve(_sequence(transfer_id, 6, emitted=emitted, first=100 * transfer_id))
-        scheduler.commit(transfer_id, 1006)
-    steps = [_step(scheduler) for _ in range(5)]
-    assert [[(i.start, i.num_tokens, i.wants_logits) for i in plan.items] for plan, _ in steps] == [
-        [(6, 7, False), (6, 1, True)],
-        [(13, 3, True), (7, 5, False)],
-        [(16, 1, True), (12, 4, True)],
-        [(17, 1, True), (16, 1, True)],
-        [(18, 1, True), (17, 1, True)],
-    ]
-    rows = [(row.request_id, row.index, row.token_id) for _, found in steps for row in found]
-    assert [row[1:] for row in rows if row[0] == 1] == [(10, 1016), (11, 1017), (12, 1018), (13, 1019)]
-    assert [row[1:] for row in rows if row[0] == 2] == [(10, 1016), (11, 1017), (12, 1018)]
-    assert scheduler.num_replayed_tokens == 2 * 9
-    for transfer_id in (1, 2):
-        scheduler.drop(transfer_id)
-    pool.check(num_expected_leased=0)
-    # Its full blocks of known tokens are named as if they had been computed one by one.
-    asked_again = scheduler.reserve(_sequence(3, 6, emitted=emitted, first=100))
-    assert asked_again.num_cached_blocks == 2 and len(asked_again.block_ids) == 2
-
-
 def test_resuming_where_the_blocks_survived_replays_only_the_rest() -> None:
     scheduler, _ = _scheduler()
     scheduler.reserve(_sequence(1, 6))
@@ -194,11 +169,10 @@ def test_reservations_stop_at_the_watermark_and_at_the_slots() -> None:
         scheduler.reserve(_sequence(4, 1, first=200))
 
 
-@pytest.mark.parametrize("replay_tokens", [0, 5])
 @pytest.mark.parametrize("seed", range(15))
-def test_no_token_is_lost_or_doubled_whatever_is_preempted(seed: int, replay_tokens: int) -> None:
+def test_no_token_is_lost_or_doubled_whatever_is_preempted(seed: int) -> None:
     rng = random.Random(seed)
-    scheduler, pool = _scheduler(num_blocks=16, max_num_seqs=6, watermark=1, replay_tokens=replay_tokens)
+    scheduler, pool = _scheduler(num_blocks=16, max_num_seqs=6, watermark=1)
     wanted = {i: (rng.randint(1, 20), rng.randint(2, 30)) for i in range(25)}
     got: dict[int, list[int]] = {i: [] for i in wanted}
     waiting, landed = sorted(wanted), list[int]()

@@ -41,17 +41,17 @@ def test_chunks_and_batches_change_no_token(model: LoadedModel, temperature: flo
     pair.decode_pool.check(num_expected_leased=0)
 
 
-@pytest.mark.parametrize("replay_tokens", [0, 7])
-def test_a_preempted_sequence_resumes_token_for_token(model: LoadedModel, replay_tokens: int) -> None:
-    assert isinstance(model.decoder, NativeDecoder), "the torch kernels' bits depend on how a sequence is cut"
+@pytest.mark.parametrize("is_replayed", [True, False])
+def test_a_preempted_sequence_resumes_token_for_token(model: LoadedModel, is_replayed: bool) -> None:
+    assert isinstance(model.decoder, NativeDecoder), "elsewhere the phases' bits differ"
     cases = {i: (prompt_of(10 + i, 20), params(i, max_tokens=30, temperature=1.0)) for i in range(3)}
-    pair = Pair(model, decode_blocks=14, replay_tokens=replay_tokens)
+    pair = Pair(model, decode_blocks=14)
     waiting = list(cases)
     num_preempted = 0
     for _ in range(50):
         while waiting:
             transfer_id = waiting[0]
-            if not pair.place(transfer_id, *cases[transfer_id], pair.tokens.get(transfer_id, [])):
+            if not pair.place(transfer_id, *cases[transfer_id], pair.tokens.get(transfer_id, []), is_replayed):
                 break
             waiting.pop(0)
         gave_way = pair.run()
@@ -62,6 +62,22 @@ def test_a_preempted_sequence_resumes_token_for_token(model: LoadedModel, replay
     assert num_preempted > 0
     for transfer_id, (prompt, sampling) in cases.items():
         assert pair.tokens[transfer_id] == _reference(model, prompt, sampling)
+
+
+@pytest.mark.parametrize("num_emitted", [1, 7, 8, 20, 39])
+def test_prefill_goes_on_where_a_lost_decode_worker_was(model: LoadedModel, num_emitted: int) -> None:
+    """Penalties, the bar before min_tokens, the seed's index and the length limit count what was emitted before."""
+    prompt = prompt_of(3, 21)
+    sampling = SamplingParams(
+        seed=5, temperature=0.9, max_tokens=40, min_tokens=30, frequency_penalty=0.7, repetition_penalty=1.2,
+        eos_token_ids=(7, 9, 11, 13), num_logprobs=2,
+    )  # fmt: skip
+    tokens = _reference(model, prompt, sampling)
+    pair = Pair(model)
+    assert pair.place(1, prompt, sampling, tokens[:num_emitted], is_replayed=False)
+    assert pair.tokens[1] == tokens[: num_emitted + 1], "the first new token is prefill's"
+    pair.run()
+    assert pair.tokens[1][: len(tokens)] == tokens and pair.decode.num_replayed_tokens == 0
 
 
 def test_a_shared_prefix_is_computed_and_copied_once(model: LoadedModel) -> None:

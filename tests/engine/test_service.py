@@ -66,7 +66,7 @@ def _service(url: str, *, drain_s: float = 5.0, secret: bytes = SECRET) -> tuple
     handler = Handler()
     config = ServiceConfig("w0", (url,), secret, connect_retry_s=0.1, drain_s=drain_s)
     return WorkerService(
-        config, new_registration(config, Role.DECODE, FINGERPRINT, (6, 4, 96), "test"), handler
+        config, new_registration(config, Role.DECODE, FINGERPRINT, (6, 4, 96), "test", False), handler
     ), handler
 
 

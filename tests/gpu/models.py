@@ -56,7 +56,7 @@ class DevicePair(Pair):
         chosen = replace(model, enforce_eager=eager)
         self.runner = open_decode_runner(chosen, self.decode_kv, max_lanes, self.said.append)
         scheduler = DecodeScheduler(
-            self.decode_pool, size, max_lanes, 0, model.max_model_len, self.runner.shape
+            self.decode_pool, size, max_lanes, 0, model.max_model_len, self.runner.growth_blocks
         )
         self.decode = DecodeStepper(self.runner, self.decode_pool, scheduler, self.from_decode.append)
         self.prefill_kv, pool = KVCache(model.fingerprint, model.num_blocks, model.device), BlockPool(model.num_blocks)

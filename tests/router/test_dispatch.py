@@ -418,3 +418,66 @@ def test_a_paused_request_can_be_cancelled_and_one_that_waits_can_be_paused() ->
     assert sent(d.pause(1, 0)) == [("Abort", "d0")]
     assert d.cancel(1, 0) == [Cancelled(1)]
     assert sent(d.go_on(2, 0)) == [("Reserve", "d0"), ("Prefill", "p0")]
+
+
+# --- where the phases agree, prefill computes what was emitted before ---
+
+
+def agreeing(num_decodes: int = 2) -> Registry:
+    return cluster(1, num_decodes, phases_agree=True)
+
+
+def test_a_resumed_stream_gets_its_next_token_from_prefill() -> None:
+    registry = agreeing()
+    d = dispatch(registry)
+    lost = streaming(d, 1, 3, 50)
+    registry.remove(key(lost))
+    out = d.worker_lost(key(lost), 1)
+    r, p = reserve(out), prefill(out)
+    assert r.emitted == p.emitted == (1000, 1001, 1002) and not r.is_replayed
+    other = next(w for name, w in sent(out) if name == "Reserve")
+    assert delivered(d.first_token(key("p0"), first_token(p.transfer_id, row(1, 1, 3)), 2)) == [3]
+    assert delivered(d.tokens(key(other), [row(1, 1, 4)], 3)) == [4]
+    assert d.tokens(key(other), [row(1, 1, 4)], 3) == [], "once"
+
+
+def test_a_token_of_a_resumed_stream_that_is_not_the_next_fails_the_placement() -> None:
+    d = dispatch(agreeing(1))
+    streaming(d, 1, 3, 50)
+    out = d.preempted(key("d0"), Preempted(transfer_id=_transfer_of(d)), 1)
+    out = d.first_token(key("p0"), first_token(prefill(out).transfer_id, row(1, 1, 0)), 2)
+    assert delivered(out) == [] and prefill(out).epoch == 2
+
+
+def _transfer_of(d: Dispatch) -> int:
+    return next(iter(d._by_transfer))
+
+
+def test_decode_rows_that_overtake_the_next_token_of_a_resumed_stream_wait_for_it() -> None:
+    d = dispatch(agreeing(1))
+    streaming(d, 1, 3, 50)
+    out = d.preempted(key("d0"), Preempted(transfer_id=_transfer_of(d)), 1)
+    assert d.tokens(key("d0"), [row(1, 1, 4), row(1, 1, 5)], 2) == []
+    assert d.tokens(key("d0"), [row(1, 1, 5)], 2) == [], "kept once"
+    first = first_token(prefill(out).transfer_id, row(1, 1, 3))
+    assert delivered(d.first_token(key("p0"), first, 3)) == [3, 4, 5]
+    assert delivered(d.tokens(key("d0"), [row(1, 1, 6)], 3)) == [6]
+
+
+def test_a_resumed_stream_may_end_with_its_next_token() -> None:
+    d = dispatch(agreeing(1))
+    streaming(d, 1, 3, 4)
+    out = d.preempted(key("d0"), Preempted(transfer_id=_transfer_of(d)), 1)
+    first = first_token(prefill(out).transfer_id, row(1, 1, 3, LENGTH))
+    out = d.first_token(key("p0"), first, 2)
+    assert delivered(out) == [3] and ends(out) == [Finish(1, LENGTH)] and sent(out) == [("Abort", "d0")]
+
+
+def test_one_worker_that_differs_lets_decode_replay() -> None:
+    registry = agreeing(1)
+    add(registry, "d1", phases_agree=False)
+    link_all(registry)
+    d = dispatch(registry)
+    lost = streaming(d, 1, 3, 50)
+    out = d.preempted(key(lost), Preempted(transfer_id=_transfer_of(d)), 1)
+    assert reserve(out).is_replayed and prefill(out).emitted == ()

@@ -20,7 +20,8 @@ class World:
 
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
-        self.registry = cluster(2, 2, num_blocks=24, max_num_seqs=4)
+        self.fields = {"num_blocks": 24, "max_num_seqs": 4, "phases_agree": self.rng.random() < 0.5}
+        self.registry = cluster(2, 2, **self.fields)
         self.dispatch = Dispatch(self.registry, 4, placement_wait_s=50.0, ids=IdSource(0))
         self.now_s = 0.0
         self.max_tokens: dict[int, int] = {}
@@ -70,15 +71,17 @@ class World:
             return
         transfer_id = self.rng.choice(list(self.prefills))
         key, message = self.prefills[transfer_id]
-        finish = FinishReason.LENGTH if self.max_tokens[message.request_id] == 1 else None
+        index = len(message.emitted)
+        finish = FinishReason.LENGTH if self.max_tokens[message.request_id] == index + 1 else None
         if finish is None and self.rng.random() < 0.05:
             finish = FinishReason.STOP
-        first = first_token(transfer_id, row(message.request_id, message.epoch, 0, finish))
+        first = first_token(transfer_id, row(message.request_id, message.epoch, index, finish))
         self.history.append((key, first))
         self.prefills.pop(transfer_id)
         overtakes = self.rng.random() < 0.3
         if transfer_id in self.reserved and finish is None:
-            self.running[transfer_id] = max(1, len(self.reserved[transfer_id][1].emitted))
+            reserved = self.reserved[transfer_id][1]
+            self.running[transfer_id] = max(1, len(reserved.emitted)) if reserved.is_replayed else index + 1
             if overtakes:
                 self.decode_step(transfer_id)
         self.do(self.dispatch.first_token(key, first, self.now_s))
@@ -129,7 +132,7 @@ class World:
         self.registry.remove(key)
         self.do(self.dispatch.worker_lost(key, self.now_s))
         self.instances[worker_id] += 1
-        add(self.registry, worker_id, self.instances[worker_id], self.now_s, num_blocks=24, max_num_seqs=4)
+        add(self.registry, worker_id, self.instances[worker_id], self.now_s, **self.fields)
         link_all(self.registry)
         self.do(self.dispatch.tick(self.now_s))
 
