@@ -325,6 +325,7 @@ def _router() -> tuple[Option, ...]:
         limit("ttft-slo-per-token-s", number, "s", "What each prompt token adds to that deadline."),
         limit("max-placements", whole, "times", "A request fails when so many placements have failed in a row."),
         limit("placement-wait-s", number, "s", "How long an accepted request may wait for workers."),
+        limit("startup-wait-s", number, "s", "How long after a router's start requests wait for its first workers."),
         limit("client-stall-s", number, "s", "A client that reads nothing of its stream for this long is cut."),
         limit("max-resume-s", number, "s", "Longest time that a stream is kept for a client that lost its connection."),
         Option(

@@ -29,6 +29,8 @@ class RouterConfig:
         max_placements: a request fails when so many placements in a row have failed without a new token from decode;
             giving way, or being declined, is no failure.
         placement_wait_s: how long an accepted request may wait for a pair of workers.
+        startup_wait_s: in so many seconds after its start a router lets requests wait for the first pair of workers,
+            which may be on their way back from its predecessor; later they get 503.
         client_stall_s: a client that reads nothing of its stream for this long, though there is something, is cut.
         max_resume_s: longest time that a client may ask its stream to be kept for after it lost the connection.
         drain_s: on SIGTERM, how long running streams may take to finish.
@@ -55,6 +57,7 @@ class RouterConfig:
     ttft_slo_per_token_s: float = 0.002
     max_placements: int = 5
     placement_wait_s: float = 30.0
+    startup_wait_s: float = 5.0
     client_stall_s: float = 30.0
     max_resume_s: float = 60.0
     drain_s: float = 30.0
@@ -68,6 +71,8 @@ class RouterConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         positive = ("heartbeat_s", "stall_s", "ttft_slo_s", "placement_wait_s", "max_wait_s", "client_stall_s")
+        if self.startup_wait_s < 0:
+            raise ConfigError(f"startup_wait_s must not be negative, got {self.startup_wait_s}")
         for name in (*positive, "max_resume_s"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")

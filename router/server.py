@@ -95,6 +95,7 @@ class HttpServer:
         self, request: web.Request, kind: type[ChatRequest] | type[CompletionRequest]
     ) -> web.StreamResponse:
         arrived_s = time.monotonic()
+        await self._switchboard.has_started.wait()
         if asks_to_resume(request.headers):
             return await self._resume(request, kind, arrived_s)
         max_model_len = self._switchboard.check_capacity()

@@ -165,6 +165,7 @@ class Switchboard:
         self._tokenizer = tokenizer
         self._metrics = metrics
         self._clock = clock
+        self._started_s = clock()
         self._ids = IdSource()
         self.pace = Pace()
         self.dispatch = Dispatch(self.registry, config.max_placements, config.placement_wait_s, self._ids)
@@ -172,6 +173,7 @@ class Switchboard:
         self._todo: deque[Instruction] = deque()
         self._is_running = False
         self._channels: dict[WorkerKey, Channel] = {}
+        self.has_started = asyncio.Event()
         self.idle = asyncio.Event()
         self.idle.set()
 
@@ -319,6 +321,8 @@ class Switchboard:
     def tick(self) -> None:
         """Drop overdue workers, place what waits, give up on what waited too long."""
         now_s = self._clock()
+        if self.registry.is_ready or now_s - self._started_s >= self._config.startup_wait_s:
+            self.has_started.set()
         for key, reason, is_hopeless in self.registry.overdue(now_s):
             channel = self._channels.get(key)
             if is_hopeless and channel is not None:

@@ -5,6 +5,7 @@
     phases       prefill workers killed in compute, mid-transfer, after COMMIT
     disconnects  clients that leave in every phase
     rolling      every worker ended by SIGTERM in turn, again and again
+    bits         one bit of every piece of KV flipped on its way
     overload     five times the load that the server can carry
     soak         short requests, random faults, and what the processes' memory does
 
@@ -16,7 +17,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import sys
 import tempfile
 import time
@@ -28,15 +28,16 @@ from typing import Any
 import aiohttp
 
 from tests.e2e.server import Server, serving
-from tests.faults import campaign, disconnects, overload, rolling, soak, trials
-from tests.faults.ledger import Ledger
+from tests.faults import bits, campaign, disconnects, overload, rolling, soak, trials
+from tests.faults.ledger import Ledger, Request
 from tests.faults.load import Oracles, bound, draw_pool, percentile
-from tests.faults.phases import SLOWED, Cluster, PhaseKills
+from tests.faults.mutated import mutations
+from tests.faults.phases import Cluster, PhaseKills
 
 Result = tuple[Any, str, bool]
 """What is written as JSON, what is printed, whether anything was wrong."""
 
-COMMANDS = ("trials", "rounds", "phases", "disconnects", "rolling", "overload", "soak")
+COMMANDS = ("trials", "rounds", "phases", "disconnects", "rolling", "bits", "overload", "soak")
 # A pool of which every block has been written soon: its first touch is no leak.
 SMALL_POOL = {"disconnects": 600, "soak": 256}
 SESSION_BUDGET = aiohttp.ClientTimeout(total=240.0)
@@ -114,6 +115,11 @@ class Run:
         report = await rolling.run(self.cluster, self.ledger, oracles, self.args.seed, self.args.number, tell)
         return asdict(report), report.summary(), bool(report.faults)
 
+    async def bits(self) -> Result:
+        """Flipped bits."""
+        report = await bits.run(self.server, self.ledger, self.args.sound, self.args.number, tell)
+        return asdict(report), report.summary(), bool(report.faults)
+
     async def overload(self) -> Result:
         """Five times the peak."""
         report = await overload.run(self.cluster, self.ledger, self.args.seed, self.args.seconds, tell)
@@ -179,7 +185,7 @@ def parser() -> argparse.ArgumentParser:
     rounds.add_argument("--width", type=int, default=5, help="streams at once (5)")
     rounds.add_argument("--kinds", nargs="+", choices=campaign.ROUND_KINDS, default=list(campaign.KILL_KINDS))
     choices["overload"].add_argument("--seconds", type=float, default=120.0, help="of overload (120)")
-    for name, number in (("disconnects", 1000), ("rolling", 200), ("soak", 1000)):
+    for name, number in (("disconnects", 1000), ("rolling", 200), ("bits", 1000), ("soak", 1000)):
         choices[name].add_argument("number", nargs="?", type=int, default=number, help=f"requests ({number})")
     return top
 
@@ -191,6 +197,17 @@ async def _run(args: argparse.Namespace, server: Server) -> int:
         return await run.finish(getattr(run, args.command))
 
 
+def _ask_sound(args: argparse.Namespace) -> dict[Request, list[int]]:
+    """Ask a server without mutations what the requests of `bits` answer."""
+
+    async def ask(server: Server) -> dict[Request, list[int]]:
+        async with aiohttp.ClientSession(timeout=SESSION_BUDGET) as http:
+            return await bits.oracles(Ledger(http, server.url), bits.draw(args.seed, args.number))
+
+    with tempfile.TemporaryDirectory() as folder, serving("smollm2", Path(folder), args.cache_dir) as server:
+        return asyncio.run(ask(server))
+
+
 def main() -> int:
     """Run the command; return its exit code."""
     words = sys.argv[1:]
@@ -198,15 +215,18 @@ def main() -> int:
         words = ["trials", *words]
     args = parser().parse_args(words)
     more = [f"--{option}" for option in args.serve]
-    if args.command == "phases":
-        os.environ["PYTHONPATH"] = os.pathsep.join([str(SLOWED), *filter(None, [os.environ.get("PYTHONPATH")])])
+    if args.command == "overload" and not any(option.startswith("max-wait-s") for option in args.serve):
+        more.append(f"--max-wait-s={overload.MAX_WAIT_S}")
     if args.command in SMALL_POOL and not any(option.startswith("num-kv-blocks") for option in args.serve):
         more.append(f"--num-kv-blocks={SMALL_POOL[args.command]}")
     options = ("--decode", str(args.decode), "--prefill", str(args.prefill), *more)
     with tempfile.TemporaryDirectory() as folder:
         log = args.log or Path(folder)
         log.mkdir(parents=True, exist_ok=True)
-        with serving("smollm2", log, args.cache_dir, *options) as server:
+        names = {"phases": ["late-landed"], "bits": ["flip-bits"]}.get(args.command, [])
+        sound = _ask_sound(args) if args.command == "bits" else {}
+        with mutations(*names), serving("smollm2", log, args.cache_dir, *options) as server:
+            args.sound = sound
             return asyncio.run(_run(args, server))
 
 

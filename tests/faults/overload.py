@@ -20,6 +20,8 @@ from tests.faults.load import long_prompt, open_loop, percentile
 from tests.faults.phases import Cluster
 
 TTFT_SLO_S = 2.0
+# What the server is told: half a second is left for what a prediction misses.
+MAX_WAIT_S = 1.5
 TPOT_SLO_S = 0.1
 WIDTHS = (1, 2, 4, 8, 16, 32)
 PEAK_S = 10.0

@@ -4,7 +4,7 @@
 
 1. A trial's prompt is long and its own, so that no prefix is cached; two companions decode beside it.
 2. The moment is drawn from the share of the usual time to first token that the aimed phase takes. The time between
-   COMMIT and release is too short to hit from outside: its server lets prefill workers notice LANDED late (slowed/).
+   COMMIT and release is too short to hit from outside: prefill workers notice LANDED late (mutation `late-landed`).
 3. What the kill hit follows from what was seen: the first token was there and no transfer failed = after COMMIT; else
    more bytes arrived than landed blocks have = mid-transfer, or no more = in compute. After COMMIT, the own census of
    the prefill worker an instant before its death tells whether it still held the blocks.
@@ -23,7 +23,6 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -37,7 +36,6 @@ PHASES = (COMPUTE, TRANSFER, COMMITTED)
 WHOLE_BUDGET_S = 90.0
 QUIET_BUDGET_S = 2.0
 COMMITTED_WITHIN_S = 0.08
-SLOWED = Path(__file__).parent / "slowed"
 TOKEN_ON_ITS_WAY_S = 0.03
 ATTEMPTS_PER_HIT = 6
 NUM_COMPANIONS = 2

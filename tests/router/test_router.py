@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from typing import Any
 
 import openai
@@ -279,3 +280,24 @@ async def test_too_many_requests_are_shed_with_retry_after(tokenizer: Tokenizer)
         assert (await stage.post(CHAT, {**HI, "n": 2}))[0] == 429
         async with stage.http.get(f"{stage.url}/metrics") as response:
             assert "baton_requests_shed_total 2.0" in await response.text()
+
+
+async def test_a_router_that_has_just_started_lets_requests_wait_for_its_first_workers(tokenizer: Tokenizer) -> None:
+    async with staged(tokenizer, startup_wait_s=5.0) as stage:
+        early = asyncio.create_task(stage.post(CHAT, {**HI, "max_tokens": 2}))
+        await asyncio.sleep(0.2)
+        assert not early.done(), "they may be on their way back from its predecessor"
+        prefill, decode = await stage.pair()
+        await answer(prefill, decode, "ok", LENGTH)
+        assert (await early)[0] == 200
+
+
+async def test_a_router_that_gets_no_workers_refuses_after_a_while(tokenizer: Tokenizer) -> None:
+    async with staged(tokenizer, startup_wait_s=0.3) as stage:
+        begin_s = time.monotonic()
+        status, body, _ = await stage.post(CHAT, HI)
+        assert status == 503 and "no worker has registered yet" in body["error"]["message"]
+        assert time.monotonic() - begin_s >= 0.2
+        begin_s = time.monotonic()
+        assert (await stage.post(CHAT, HI))[0] == 503
+        assert time.monotonic() - begin_s < 0.2, "later ones at once"

@@ -190,6 +190,7 @@ def config(**fields: Any) -> RouterConfig:
         "heartbeat_s": 0.1,
         "lease_ttl_s": 2.0,
         "placement_wait_s": 3.0,
+        "startup_wait_s": 0.0,
         "drain_s": 2.0,
     }
     return RouterConfig(**{**defaults, **fields})

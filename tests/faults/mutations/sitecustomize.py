@@ -1,0 +1,159 @@
+"""Changes single functions of the product in every process that starts with this folder on PYTHONPATH.
+
+    BATON_TEST_MUTATION=no-checksum,flip-bits PYTHONPATH=tests/faults/mutations baton serve ...
+
+Python imports `sitecustomize` at its start. A finder stands before the ordinary ones, and once a module of the table
+has been executed the named functions in it are replaced. The product knows nothing of it. See README.md beside this.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.abc
+import importlib.machinery
+import os
+import random
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+LATE_S = 0.15
+
+
+def no_checksum(module: Any) -> None:
+    """Receivers write every piece, whatever its checksum."""
+
+    def scatter(self: Any, link: Any, piece: Any, payload: Any, block_ids: tuple[int, ...]) -> None:
+        self._region.scatter(block_ids, piece.first_layer, piece.num_layers, payload)
+
+    module.ReceiveSide._scatter = scatter
+
+
+def flip_bits(module: Any) -> None:
+    """Senders flip one bit of every piece, after its checksum was taken; a piece that is sent again stays whole."""
+    fill, dice, seen = module.SendSide._fill, random.Random(), set()
+
+    def fill_and_flip(self: Any, payload: Any, peer: Any, transfer: Any, cells: Any, tag: int) -> Any:
+        piece = fill(self, payload, peer, transfer, cells, tag)
+        if (transfer.transfer_id, cells) not in seen:
+            seen.add((transfer.transfer_id, cells))
+            payload[dice.randrange(payload.nbytes)] ^= 1 << dice.randrange(8)
+            print("FLIPPED a bit", flush=True)
+        return piece
+
+    module.SendSide._fill = fill_and_flip
+
+
+def late_landed(module: Any) -> None:
+    """Prefill workers notice LANDED late, so that a kill can hit the time between COMMIT and release."""
+    take = module.SendSide._take_landed
+
+    def take_late(self: Any, peer: Any, transfer_id: int) -> None:
+        asyncio.get_running_loop().call_later(LATE_S, take, self, peer, transfer_id)
+
+    module.SendSide._take_landed = take_late
+
+
+def no_lease(module: Any) -> None:
+    """What a router placed on a worker is held for ever."""
+    module.LeaseTable.expire = lambda self, now_s: []
+
+
+def no_replay(module: Any) -> None:
+    """A stream that is placed again begins without what its client has."""
+    reserve, prefill = module.Submission.reserve, module.Submission.prefill
+    module.Submission.reserve = lambda self, t, e, p, emitted, r: reserve(self, t, e, p, (), False)
+    module.Submission.prefill = lambda self, t, e, d, emitted, now_s: prefill(self, t, e, d, (), now_s)
+
+
+def no_fencing_of_tokens(module: Any) -> None:
+    """The router delivers whatever a worker says of a request, of whichever placement and index."""
+
+    def tokens(self: Any, key: Any, rows: Any, now_s: float) -> list[Any]:
+        out = []
+        for row in rows:
+            request = self._requests.get(row.request_id)
+            if request is not None:
+                request.tokens.append(row.token_id)
+                out.append(module.Deliver(row.request_id, row))
+                if row.finish_reason is not None:
+                    out += self._end(request, module.Finish(row.request_id, row.finish_reason), "finished")
+        return out
+
+    module.Dispatch.tokens = tokens
+
+
+def no_fencing_of_instances(module: Any) -> None:
+    """The router goes on listening to an instance that it has given up, and keeps its leases alive."""
+    lose, pulse = module.Switchboard.lose, module.Switchboard.pulse
+
+    def lose_and_listen(self: Any, key: Any, reason: str) -> None:
+        channel = self._channels.pop(key, None)
+        if channel is not None:
+            self.__dict__.setdefault("zombies", []).append(channel)
+        lose(self, key, reason)
+
+    def pulse_all(self: Any) -> None:
+        pulse(self)
+        for channel in self.__dict__.get("zombies", ()):
+            channel.post(module.Pulse())
+
+    def take(self: Any, key: Any, message: Any) -> None:
+        if self.registry.find(key) is not None:
+            original(self, key, message)
+        elif isinstance(message, module.Tokens):
+            self._run(self.dispatch.tokens(key, message.rows, self._clock()))
+
+    original = module.Switchboard.take
+    module.Switchboard.lose, module.Switchboard.pulse, module.Switchboard.take = lose_and_listen, pulse_all, take
+
+
+Change = Callable[[Any], None]
+MUTATIONS: dict[str, dict[str, Change]] = {
+    "no-checksum": {"kvtransfer.receiving": no_checksum},
+    "flip-bits": {"kvtransfer.sending": flip_bits},
+    "late-landed": {"kvtransfer.sending": late_landed},
+    "no-lease": {"protocol.lease": no_lease},
+    "no-replay": {"router.instructions": no_replay},
+    "no-fencing": {"router.dispatch": no_fencing_of_tokens, "router.switchboard": no_fencing_of_instances},
+}
+
+
+class _Loader(importlib.abc.Loader):
+    """Loads a module as ever, then changes it."""
+
+    def __init__(self, inner: importlib.abc.Loader, changes: Sequence[Change]) -> None:
+        self._inner = inner
+        self._changes = changes
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self._inner.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._inner.exec_module(module)
+        for change in self._changes:
+            change(module)
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Stands before the ordinary finders for the modules to be changed."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._changes: dict[str, list[Change]] = {}
+        for name in names:
+            for module, change in MUTATIONS[name].items():
+                self._changes.setdefault(module, []).append(change)
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        changes = self._changes.get(fullname)
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path) if changes else None
+        if changes and spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader, changes)
+        return spec
+
+
+if _names := [name for name in os.environ.get("BATON_TEST_MUTATION", "").split(",") if name]:
+    sys.meta_path.insert(0, _Finder(_names))
