@@ -23,6 +23,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.model, pytest.mark.ucx, pytest.mark.s
 NUM_SHORT, NUM_MIDDLE = 4, 14
 # Between two correct float32 implementations logits differ by some 1e-5; differences of log probabilities likewise.
 LOGPROB_TOLERANCE = 1e-3
+# Eight long prompts at once in float32 take longer than a server of the default settings lets a newcomer wait.
+EXACT = ("--dtype", "float32", "--max-wait-s", "600")
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,7 @@ def safetensors_copy(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.fixture(scope="module")
 def exact(gguf: Path, cache_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A disaggregated server that computes in float32."""
-    with serving("smollm2", tmp_path_factory.mktemp("exact"), cache_dir, "--dtype", "float32") as server:
+    with serving("smollm2", tmp_path_factory.mktemp("exact"), cache_dir, *EXACT) as server:
         yield server
 
 
@@ -46,7 +48,7 @@ def any_server(
     """Every combination of mode and file format."""
     mode, file_format = request.param
     model = gguf if file_format == "gguf" else safetensors_copy
-    options = ("--mode", mode, "--served-model-name", "smollm2", "--dtype", "float32")
+    options = ("--mode", mode, "--served-model-name", "smollm2", *EXACT)
     with serving(str(model), tmp_path, cache_dir, *options) as server:
         yield server
 
@@ -96,7 +98,7 @@ async def test_disaggregated_one_by_one(exact: Server, golden: list[dict[str, An
 async def test_colocated_eight_at_once(
     gguf: Path, cache_dir: Path, golden: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    with serving("smollm2", tmp_path, cache_dir, "--mode", "colocated", "--dtype", "float32") as server:
+    with serving("smollm2", tmp_path, cache_dir, "--mode", "colocated", *EXACT) as server:
         _check(await _answers(server, golden[:NUM_MIDDLE], 8), golden[:NUM_MIDDLE])
 
 

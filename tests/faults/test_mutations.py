@@ -9,12 +9,13 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
 
 from tests.e2e.client import session
-from tests.e2e.server import Server, serving
+from tests.e2e.server import Server, serving, wait_until
 from tests.faults import bits
 from tests.faults.ledger import Ledger, Record, Request
 from tests.faults.mutated import flips, mutations
@@ -41,6 +42,15 @@ def on(server: Server, ask: Callable[[aiohttp.ClientSession, Ledger], Awaitable[
             await ask(http, Ledger(http, server.url))
 
     asyncio.run(run())
+
+
+def busy_pid(server: Server) -> int:
+    """Return the process of the one decode worker that runs the only stream, once its heartbeat has said so."""
+    found: list[dict[str, Any]] = wait_until(
+        lambda: [w for w in server.workers() if w["role"] == "decode" and w["num_running"]], 5.0, "a busy worker"
+    )
+    assert len(found) == 1
+    return int(found[0]["pid"])
 
 
 @pytest.fixture(scope="module")
@@ -106,12 +116,11 @@ def test_without_fencing_a_worker_that_wakes_up_doubles_tokens(tmp_path: Path, c
             running = asyncio.create_task(ledger.stream(request, record))
             while len(record.token_ids) < 20:
                 await asyncio.sleep(0.001)
-            busy = [w["pid"] for w in await asyncio.to_thread(server.workers) if w["num_running"]]
-            assert len(busy) == 1
-            os.kill(busy[0], signal.SIGSTOP)
+            busy = await asyncio.to_thread(busy_pid, server)
+            os.kill(busy, signal.SIGSTOP)
             while len(record.token_ids) < 40:  # it has moved to the other one
                 await asyncio.sleep(0.001)
-            os.kill(busy[0], signal.SIGCONT)
+            os.kill(busy, signal.SIGCONT)
             await running
             faults.extend(record.faults(oracle))
 
