@@ -23,6 +23,7 @@ from aiohttp import web
 
 from router.config import RouterConfig
 from router.control import ControlServer
+from router.core import Core
 from router.metrics import Metrics
 from router.server import HttpServer
 from router.switchboard import Switchboard
@@ -46,7 +47,8 @@ class Router:
         self._config = config
         self.switchboard = Switchboard(config, tokenizer, metrics, time.monotonic)
         self._control = ControlServer(config, self.switchboard)
-        self._http = HttpServer(config, tokenizer, self.switchboard, metrics)
+        self.core = Core(config, tokenizer, self.switchboard)
+        self._http = HttpServer(config, self.core, metrics)
         self._runners: list[web.AppRunner] = []
         self._is_handing_over = False
         self.clock: asyncio.Task[None] | None = None
@@ -99,6 +101,7 @@ class Router:
             with suppress(asyncio.CancelledError):
                 await self.clock
         self._http.close()
+        self.core.close()
 
     async def _close_after(self, _: web.Request, response: web.StreamResponse) -> None:
         if self._is_handing_over:

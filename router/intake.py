@@ -55,6 +55,7 @@ class Job:
     """An admitted request of the API.
 
     Attributes:
+        request_id: the id that its body gave it, if it did.
         has_usage, has_running_usage: whether a stream reports usage at its end, or in every chunk.
     """
 
@@ -68,6 +69,7 @@ class Job:
     has_usage: bool
     has_running_usage: bool
     returns_token_ids: bool
+    request_id: str | None = None
 
 
 class Intake:
@@ -114,6 +116,7 @@ class Intake:
             has_usage=bool(options and options.include_usage),
             has_running_usage=bool(options and options.include_usage and options.continuous_usage_stats),
             returns_token_ids=bool(request.return_token_ids),
+            request_id=request.request_id,
         )
 
     def check_model(self, model: str | None) -> None:

@@ -15,9 +15,8 @@ import logging
 import secrets
 import time
 from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import msgspec
 from aiohttp import web
@@ -26,38 +25,35 @@ from protocol.errors import InvalidRequest, NotReady, Overloaded, RequestFailed,
 from protocol.wire import Role
 from router.api import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, parse
 from router.config import RouterConfig
+from router.core import Core
 from router.event_stream import EventStream
-from router.intake import Intake, Job
+from router.intake import Job
 from router.metrics import CONTENT_TYPE, Metrics
 from router.responses import ModelCard, body_of_error, encode_json, error_body
 from router.resumption import Claim, KeptStreams, asks_to_resume, claim_of
 from router.stream import AnswerShape, error_event
 from router.switchboard import OVERLOAD_RETRY_S, Session, Switchboard
 from router.text import Piece
-from router.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-LONG_BODY_BYTES: Final = 20_000
 BODY_BUDGET_S: Final = 60.0
-NUM_TEXT_THREADS: Final = 2
 MAX_REQUEST_ID_CHARS: Final = 128
 REQUEST_ID: Final = web.RequestKey("request_id", str)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-Result = TypeVar("Result")
 
 
 class HttpServer:
     """The public side of a router."""
 
-    def __init__(self, config: RouterConfig, tokenizer: Tokenizer, switchboard: Switchboard, metrics: Metrics) -> None:
+    def __init__(self, config: RouterConfig, core: Core, metrics: Metrics) -> None:
         self._config = config
-        self._tokenizer = tokenizer
-        self._switchboard = switchboard
+        self._core = core
+        self._tokenizer = core.tokenizer
+        self._switchboard = core.switchboard
         self._metrics = metrics
-        self._intake = Intake(tokenizer, config.served_model_names)
-        self._threads = ThreadPoolExecutor(NUM_TEXT_THREADS, thread_name_prefix="text")
+        self._intake = core.intake
         self._started_s = int(time.time())
         self._kept = KeptStreams(config.max_num_requests, config.client_stall_s)
 
@@ -79,9 +75,8 @@ class HttpServer:
         return app
 
     def close(self) -> None:
-        """Let the threads go, and what is kept."""
+        """Let go of what is kept."""
         self._kept.close()
-        self._threads.shutdown(wait=False, cancel_futures=True)
 
     # --- generation ---
 
@@ -95,14 +90,15 @@ class HttpServer:
         self, request: web.Request, kind: type[ChatRequest] | type[CompletionRequest]
     ) -> web.StreamResponse:
         arrived_s = time.monotonic()
-        await self._switchboard.has_started.wait()
+        await self._core.started()
         if asks_to_resume(request.headers):
             return await self._resume(request, kind, arrived_s)
-        max_model_len = self._switchboard.check_capacity()
+        self._switchboard.check_capacity()  # before a large body is read
         body = await _read(request)
-        job, request_id = await self._off_loop(body, partial(self._admit, body, kind, max_model_len))
+        job = await self._core.admit(len(body), partial(self._job, body, kind))
+        request_id = job.request_id
         request[REQUEST_ID] = name = _request_id(request) or request_id or secrets.token_hex(12)
-        session = self._switchboard.open(job, arrived_s)
+        session = self._core.open(job, arrived_s)
         shape = AnswerShape(job, self._tokenizer, name)
         try:
             if job.is_stream:
@@ -120,29 +116,28 @@ class HttpServer:
         claim = claim_of(request.headers, _request_id(request), self._config.max_resume_s, asked)
         kept = self._kept.find(claim)
         if kept is None:
-            max_model_len = self._switchboard.check_capacity()
-            job, _ = await self._off_loop(body, partial(self._admit, body, kind, max_model_len, claim))
+            job = await self._core.admit(len(body), partial(self._job, body, kind, claim=claim))
             # The same client may have been faster on another connection.
             kept = self._kept.find(claim)
             if kept is None:
-                session = self._switchboard.open(job, arrived_s)
+                session = self._core.open(job, arrived_s)
                 kept = self._kept.keep(claim, session, AnswerShape(job, self._tokenizer, claim.request_id))
         return await self._kept.read(kept, request, claim)
 
-    def _admit(
+    def _job(
         self,
         body: bytes,
         kind: type[ChatRequest] | type[CompletionRequest],
         max_model_len: int,
         claim: Claim | None = None,
-    ) -> tuple[Job, str | None]:
+    ) -> Job:
         parsed: ChatRequest | CompletionRequest = parse(body, kind)
         if claim is not None and parsed.seed is None:
             parsed = msgspec.structs.replace(parsed, seed=claim.seed)
         job = self._intake.job(parsed, max_model_len)
         if claim is not None and not (job.is_stream and len(job.choices) == 1):
             raise InvalidRequest("X-Resume-For: only streams with one choice can be resumed", "X-Resume-For")
-        return job, parsed.request_id
+        return job
 
     async def _whole(self, session: Session, shape: AnswerShape) -> web.StreamResponse:
         choices = [Piece() for _ in session.job.choices]
@@ -177,22 +172,16 @@ class HttpServer:
             log.warning("stream %s failed: %s", shape.answer_id, error)
             await stream.finish(error_event(error))
 
-    async def _off_loop(self, body: bytes, work: Callable[[], Result]) -> Result:
-        """Run work on text: here if it is short, in a thread if it is long."""
-        if len(body) <= LONG_BODY_BYTES:
-            return work()
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
-
     # --- text ---
 
     async def _tokenize(self, request: web.Request) -> web.Response:
-        body, max_model_len = await _read(request), self._known_max_model_len()
+        body, max_model_len = await _read(request), self._core.max_model_len()
 
         def work() -> tuple[list[int], bool]:
             parsed = parse(body, TokenizeRequest)
             return self._intake.tokenize(parsed, max_model_len), bool(parsed.return_token_strs)
 
-        tokens, with_strings = await self._off_loop(body, work)
+        tokens, with_strings = await self._core.off_loop(len(body), work)
         strings = [self._tokenizer.token_text(token_id) for token_id in tokens] if with_strings else None
         found = {"count": len(tokens), "max_model_len": max_model_len, "tokens": tokens, "token_strs": strings}
         return _json(encode_json(found))
@@ -205,13 +194,7 @@ class HttpServer:
             self._intake.check_model(parsed.model)
             return self._tokenizer.decode(self._intake.known_tokens(parsed.tokens), skip_special=False)
 
-        return _json(encode_json({"prompt": await self._off_loop(body, work)}))
-
-    def _known_max_model_len(self) -> int:
-        max_model_len = self._switchboard.max_model_len
-        if max_model_len is None:
-            raise NotReady("no worker has registered yet, so the context length is not known")
-        return max_model_len
+        return _json(encode_json({"prompt": await self._core.off_loop(len(body), work)}))
 
     # --- about the server ---
 

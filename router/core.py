@@ -1,0 +1,81 @@
+"""What every front end calls: HTTP, gRPC and the in-process API bring requests, and get sessions.
+
+1. `started` waits out the first seconds of a router, in which its workers may still be on their way. 2. `admit` refuses
+early, then parses, renders and tokenises: a long text in a thread, so that no prompt holds up another's stream.
+3. `open` submits the job. Whoever opened a session closes it, however its client ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final, TypeVar
+
+from protocol.errors import NotReady
+from router.config import RouterConfig
+from router.intake import Intake, Job
+from router.switchboard import Session, Switchboard
+from router.tokenizer import Tokenizer
+
+LONG_TEXT_BYTES: Final = 20_000
+NUM_TEXT_THREADS: Final = 2
+
+Result = TypeVar("Result")
+
+
+class Core:
+    """Admission of one router. Used on one event loop.
+
+    Args:
+        tokenizer: of the model that is served.
+        switchboard: where admitted jobs go.
+    """
+
+    def __init__(self, config: RouterConfig, tokenizer: Tokenizer, switchboard: Switchboard) -> None:
+        self.tokenizer = tokenizer
+        self.switchboard = switchboard
+        self.intake = Intake(tokenizer, config.served_model_names)
+        self._threads = ThreadPoolExecutor(NUM_TEXT_THREADS, thread_name_prefix="text")
+
+    async def started(self) -> None:
+        """Wait until the first pair of workers is there, or has had its time to come."""
+        await self.switchboard.has_started.wait()
+
+    def max_model_len(self) -> int:
+        """Return prompt plus output tokens that fit.
+
+        Raises:
+            NotReady: no worker has registered yet.
+        """
+        max_model_len = self.switchboard.max_model_len
+        if max_model_len is None:
+            raise NotReady("no worker has registered yet, so the context length is not known")
+        return max_model_len
+
+    async def admit(self, num_bytes: int, make: Callable[[int], Job]) -> Job:
+        """Refuse early, or make a job of what a client sent; cancel-safe.
+
+        Args:
+            num_bytes: length of what it sent.
+            make: parses and tokenises; takes the context length.
+
+        Raises:
+            RequestRejected, RequestFailed: as `Switchboard.check_capacity` and `Intake.job` do.
+        """
+        max_model_len = self.switchboard.check_capacity()
+        return await self.off_loop(num_bytes, lambda: make(max_model_len))
+
+    def open(self, job: Job, arrived_s: float) -> Session:
+        """Submit a job; the caller closes the session. Raises as `Switchboard.open` does."""
+        return self.switchboard.open(job, arrived_s)
+
+    async def off_loop(self, num_bytes: int, work: Callable[[], Result]) -> Result:
+        """Run work on text: here if it is short, in a thread if it is long."""
+        if num_bytes <= LONG_TEXT_BYTES:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    def close(self) -> None:
+        """Let the threads go."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
