@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from engine.batch import BatchItem, build_batch
@@ -19,8 +20,10 @@ from engine.device_queue import PASSED, DeviceQueue, Mark
 from engine.device_sampler import FetchedSamples, sample_on_device
 from engine.kv_cache import KVCache
 from engine.sampler import Sampled, SampleInput, sample
+from model.batch import ForwardBatch
 from model.decoder import Decoder
 from model.torch_decoder import TorchDecoder
+from protocol.request import SamplingParams
 
 OnLayer = Callable[[int], None]
 
@@ -97,7 +100,9 @@ class Runner:
         return _Done(self.step(items, on_layer, stops))
 
     def mark(self) -> Mark:
-        """Return a mark that is passed: everything is done when a call returns."""
+        """Return a mark that is passed; where torch has only enqueued its operations on a GPU, wait for them first."""
+        if self._kv.tensor.device.type == "cuda":
+            torch.cuda.current_stream(self._kv.tensor.device).synchronize()
         return PASSED
 
     def step(
@@ -143,6 +148,30 @@ class DeviceRunner:
     def mark(self) -> Mark:
         """Mark the end of what is enqueued so far."""
         return self._queue.mark()
+
+    def rehearse(self) -> None:
+        """Run a prompt of two tokens that writes nothing, and sample from it both ways; waits for the device.
+
+        Kernels are compiled when they are first launched: better now than while a prompt waits and this seems to hang.
+        """
+        ints, longs = np.zeros(2, np.int32), np.array([0, 1], np.int64)
+        upload = self._queue.upload
+        batch = ForwardBatch(
+            token_ids=upload(longs),
+            positions=upload(longs),
+            slot_mapping=upload(np.full(2, -1, np.int64)),
+            query_start=upload(np.array([0, 2], np.int32)),
+            seq_lens=upload(ints[:1] + 2),
+            block_tables=upload(ints[:1].reshape(1, 1)),
+            logits_indices=upload(longs[1:]),
+            is_decode=False,
+        )
+        with self._queue.active(), torch.inference_mode():
+            logits = self._decoder.forward(batch, self._kv.tensor)
+        for min_tokens in (0, 1):
+            params = SamplingParams(seed=0, max_tokens=1, min_tokens=min_tokens)
+            rows = [SampleInput(params, [0], [])]
+            sample_on_device(logits, rows, self._decoder.kernels, self._queue).results()
 
 
 @dataclass(frozen=True, slots=True)
