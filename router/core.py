@@ -2,8 +2,9 @@
 
 1. `started` waits out the first seconds of a router, in which its workers may still be on their way. 2. `admission`
 refuses before any work is done, and holds a place until the session is open: what is being tokenised counts.
-3. `admit` parses, renders and tokenises: a long text in a thread, so that no prompt holds up another's stream.
-4. `open` submits the job. Whoever opened a session closes it, however its client ended.
+3. `admit` parses, renders and tokenises: a long text in a thread, so that no prompt holds up another's stream; what
+its output must obey is tried in a process that may die of it. 4. `open` submits the job. Whoever opened a session
+closes it, however its client ended.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Final, TypeVar
 
-from protocol.errors import NotReady, Overloaded
+from protocol.errors import GrammarError, InvalidRequest, NotReady, Overloaded
 from router.config import RouterConfig
+from router.grammar_checks import GrammarChecks
 from router.intake import Intake, Job
 from router.switchboard import OVERLOAD_RETRY_S, Session, Switchboard
 from router.tokenizer import Tokenizer
@@ -39,6 +41,7 @@ class Core:
         self.tokenizer = tokenizer
         self.switchboard = switchboard
         self.intake = Intake(tokenizer, config.served_model_names)
+        self.grammars = GrammarChecks(config.model_path)
         self._num_admitting = self._num_in_threads = 0
         self._threads = ThreadPoolExecutor(NUM_TEXT_THREADS, thread_name_prefix="text")
 
@@ -82,7 +85,18 @@ class Core:
             RequestRejected, RequestFailed: as `Switchboard.check_capacity` and `Intake.job` do.
         """
         max_model_len = self.switchboard.check_capacity(max(1, self._num_admitting))
-        return await self.off_loop(num_bytes, lambda: make(max_model_len))
+        return await self._checked(await self.off_loop(num_bytes, lambda: make(max_model_len)))
+
+    async def _checked(self, job: Job) -> Job:
+        """Return a job whose grammar workers can compile."""
+        grammar = job.choices[0].sampling.grammar if job.choices else None
+        if grammar is None:
+            return job
+        try:
+            checked = await self.grammars.check(grammar)
+        except GrammarError as error:
+            raise InvalidRequest(f"{job.grammar_field}: {error}", job.grammar_field) from error
+        return job if checked is grammar else job.with_grammar(checked)
 
     def open(self, job: Job, arrived_s: float) -> Session:
         """Submit a job; the caller closes the session. Raises as `Switchboard.open` does."""
@@ -109,6 +123,7 @@ class Core:
         if not future.cancelled():
             future.exception()  # whoever waits for it has it; nobody does where its client has left
 
-    def close(self) -> None:
-        """Let the threads go."""
+    async def close(self) -> None:
+        """Let threads and child processes go."""
+        await self.grammars.close()
         self._threads.shutdown(wait=False, cancel_futures=True)

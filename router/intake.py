@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import msgspec
+
 from protocol.errors import ContextTooLong, InvalidRequest, UnknownModel
-from protocol.request import MAX_SEED, SamplingParams
+from protocol.request import MAX_SEED, Grammar, SamplingParams
 from router.api import (
     MAX_CHOICES,
     MAX_PROMPTS,
@@ -25,6 +27,7 @@ from router.api import (
     GenerationFields,
     TokenizeRequest,
 )
+from router.structured import structured_output
 from router.text import TextOptions
 from router.tokenizer import Tokenizer
 
@@ -56,6 +59,7 @@ class Job:
 
     Attributes:
         request_id: the id that its body gave it, if it did.
+        grammar_field: the field that asked for the choices' grammar; empty where they have none.
         has_usage, has_running_usage: whether a stream reports usage at its end, or in every chunk.
     """
 
@@ -70,6 +74,12 @@ class Job:
     has_running_usage: bool
     returns_token_ids: bool
     request_id: str | None = None
+    grammar_field: str = ""
+
+    def with_grammar(self, grammar: Grammar) -> Job:
+        """Return the job with every choice bound by a grammar."""
+        choices = (replace(c, sampling=msgspec.structs.replace(c.sampling, grammar=grammar)) for c in self.choices)
+        return replace(self, choices=tuple(choices))
 
 
 class Intake:
@@ -104,8 +114,8 @@ class Intake:
                 seed = (base_seed + i + (number << 32 if request.seed is None else 0)) & MAX_SEED
                 sampling = self._sampling(request, prompt, seed, max_model_len)
                 choices.append(Choice(len(choices), prompt, sampling))
-        options = request.stream_options
-        return Job(
+        options, structured = request.stream_options, structured_output(request)
+        job = Job(
             is_chat=isinstance(request, ChatRequest),
             model=request.model,
             prompts=tuple(prompts),
@@ -117,7 +127,9 @@ class Intake:
             has_running_usage=bool(options and options.include_usage and options.continuous_usage_stats),
             returns_token_ids=bool(request.return_token_ids),
             request_id=request.request_id,
+            grammar_field="" if structured is None else structured.field,
         )
+        return job if structured is None else job.with_grammar(structured.grammar)
 
     def check_model(self, model: str | None) -> None:
         """Raise UnknownModel unless the name is served here; None is whatever is served."""

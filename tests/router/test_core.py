@@ -35,7 +35,7 @@ async def test_requests_that_are_being_admitted_count_against_the_limit(tokenize
             pass
     with core.admission():
         pass
-    core.close()
+    await core.close()
 
 
 async def test_without_workers_nothing_is_admitted(tokenizer: Tokenizer) -> None:
@@ -43,7 +43,7 @@ async def test_without_workers_nothing_is_admitted(tokenizer: Tokenizer) -> None
     core = Core(config, tokenizer, Switchboard(config, tokenizer, Metrics("m"), lambda: 0.0))
     with pytest.raises(NotReady), core.admission():
         pass
-    core.close()
+    await core.close()
 
 
 async def test_long_texts_wait_for_a_thread_in_a_bounded_number_and_a_place_is_free_when_its_thread_is(
@@ -60,4 +60,4 @@ async def test_long_texts_wait_for_a_thread_in_a_bounded_number_and_a_place_is_f
     done = await asyncio.gather(*waiting, return_exceptions=True)
     assert done[1:] == [True] * (MAX_IN_THREADS - 1)
     assert await core.off_loop(LONG_TEXT_BYTES + 1, lambda: 7) == 7
-    core.close()
+    await core.close()
