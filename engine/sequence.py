@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from protocol.block_hash import BlockHash
+from protocol.readout import Readout
 from protocol.request import SamplingParams
 
 
@@ -21,6 +22,7 @@ class Sequence:
             placements where the phases agree bit by bit. 0 stands for the prompt.
         num_computed_tokens: tokens whose KV stands in the blocks.
         names: hashes of the full blocks known so far, in order, starting from the root of model and tenant.
+        readout: what the prompt is computed for instead of output, if it is.
     """
 
     request_id: int
@@ -33,6 +35,7 @@ class Sequence:
     names: list[BlockHash]
     num_prefill_tokens: int = 0
     num_computed_tokens: int = 0
+    readout: Readout | None = None
     block_ids: list[int] = field(default_factory=list)
     block_table: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
 
