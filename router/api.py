@@ -157,6 +157,7 @@ _UNSUPPORTED: Final[dict[str, tuple[Any, ...]]] = {
 # Fields that change nothing here: accepted without a word.
 _WITHOUT_EFFECT: Final = frozenset(
     {"store", "metadata", "service_tier", "parallel_tool_calls", "session_id", "safety_identifier", "prompt_cache_key"}
+    | {"prompt_cache_options"}
 )
 _PATH: Final = re.compile(r" - at `\$\.([A-Za-z_]\w*)([^`]*)`$")
 _MISSING: Final = re.compile(r"missing required field `(\w+)`$")

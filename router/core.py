@@ -2,19 +2,21 @@
 
 1. `started` waits out the first seconds of a router, in which its workers may still be on their way. 2. `admit` refuses
 early, then parses, renders and tokenises: a long text in a thread, so that no prompt holds up another's stream.
-3. `open` submits the job. Whoever opened a session closes it, however its client ended.
+3. `open` submits the job. Whoever opened a session closes it, however its client ended. What is only read off prompts
+goes the same way: `admit_readouts`, `open_readouts`.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, TypeVar
 
 from protocol.errors import NotReady
 from router.config import RouterConfig
 from router.intake import Intake, Job
+from router.reading import ReadQuery, ReadSession
 from router.switchboard import Session, Switchboard
 from router.tokenizer import Tokenizer
 
@@ -69,6 +71,15 @@ class Core:
     def open(self, job: Job, arrived_s: float) -> Session:
         """Submit a job; the caller closes the session. Raises as `Switchboard.open` does."""
         return self.switchboard.open(job, arrived_s)
+
+    async def admit_readouts(self, num_bytes: int, make: Callable[[int], Result]) -> Result:
+        """As `admit`, for what `make` returns, of requests that are only read."""
+        max_model_len = self.switchboard.check_capacity(is_readout=True)
+        return await self.off_loop(num_bytes, lambda: make(max_model_len))
+
+    def open_readouts(self, queries: Sequence[ReadQuery], cache_salt: str, arrived_s: float) -> ReadSession:
+        """Submit readouts; the caller closes the session. Raises as `Switchboard.open_readouts` does."""
+        return self.switchboard.open_readouts(queries, cache_salt, arrived_s)
 
     async def off_loop(self, num_bytes: int, work: Callable[[], Result]) -> Result:
         """Run work on text: here if it is short, in a thread if it is long."""

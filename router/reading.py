@@ -34,12 +34,19 @@ class ReadQuery:
     """One prompt and what to read off it.
 
     Attributes:
-        num_shared_tokens: leading tokens that earlier queries of the same session compute too.
+        tokens: of its own.
+        shared: what comes before them. Queries with a common prefix share the one tuple: whole prompts are made only
+            when they are submitted.
     """
 
-    prompt: tuple[int, ...]
+    tokens: tuple[int, ...]
     readout: Readout
-    num_shared_tokens: int = 0
+    shared: tuple[int, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of the whole prompt."""
+        return len(self.shared) + len(self.tokens)
 
     @property
     def kind(self) -> str:
@@ -56,6 +63,7 @@ class ReadSession:
         self.num_unread = len(self.queries)
         self.unsubmitted = deque(range(len(self.queries)))
         self.running: set[int] = set()
+        self._known_prefixes: set[int] = set()
         self._found: list[Readings | None] = [None] * len(self.queries)
         self._close = close
         self._is_over = asyncio.Event()
@@ -79,6 +87,12 @@ class ReadSession:
         self.num_unread -= 1
         if not self.num_unread:
             self._is_over.set()
+
+    def num_new_tokens(self, query: ReadQuery) -> int:
+        """Return how many tokens of a query none before it has had."""
+        is_new = id(query.shared) not in self._known_prefixes
+        self._known_prefixes.add(id(query.shared))
+        return len(query.tokens) + (len(query.shared) if is_new else 0)
 
     def fail(self, error: RequestFailed) -> None:
         """End the session; the first failure counts."""
@@ -134,7 +148,7 @@ class Readers:
         self._sessions[session] = (arrived_s, cache_salt)
         self.num_unread += len(queries)
         for query in queries:
-            self._metrics.accepted(len(query.prompt))
+            self._metrics.accepted(query.num_tokens)
         while session.unsubmitted and len(session.running) < WINDOW:
             self._submit_next(session)
         return session
@@ -188,6 +202,6 @@ class Readers:
         arrived_s, cache_salt = self._sessions[session]
         self._runs[request_id] = _Run(session, index, arrived_s)
         session.running.add(request_id)
-        self.pace.begin(request_id, len(query.prompt) - query.num_shared_tokens, self._clock())
-        due_s = arrived_s + self._due_s(len(query.prompt))
-        self._submit(Submission(request_id, query.prompt, _NO_SAMPLING, due_s, cache_salt, query.readout))
+        self.pace.begin(request_id, session.num_new_tokens(query), self._clock())
+        prompt, due_s = query.shared + query.tokens, arrived_s + self._due_s(query.num_tokens)
+        self._submit(Submission(request_id, prompt, _NO_SAMPLING, due_s, cache_salt, query.readout))

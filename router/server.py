@@ -29,6 +29,7 @@ from router.core import Core
 from router.event_stream import EventStream
 from router.intake import Job
 from router.metrics import CONTENT_TYPE, Metrics
+from router.readout_routes import ReadoutRoutes
 from router.responses import ModelCard, body_of_error, encode_json, error_body
 from router.resumption import Claim, KeptStreams, asks_to_resume, claim_of
 from router.stream import AnswerShape, error_event
@@ -64,6 +65,7 @@ class HttpServer:
         post, get = app.router.add_post, app.router.add_get
         post("/v1/chat/completions", self._chat)
         post("/v1/completions", self._complete)
+        ReadoutRoutes(self._core, self._config.served_model_names[0], _read).add_to(app)
         post("/tokenize", self._tokenize)
         post("/detokenize", self._detokenize)
         get("/v1/models", self._models)
