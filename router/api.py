@@ -68,6 +68,7 @@ class GenerationFields(msgspec.Struct, frozen=True, kw_only=True):
     skip_special_tokens: bool | None = None
     add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
+    prompt_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -108,9 +109,10 @@ Prompt = str | list[str | TokenId | list[TokenId]]
 
 
 class CompletionRequest(GenerationFields, frozen=True, kw_only=True):
-    """Body of /v1/completions."""
+    """Body of /v1/completions. `max_tokens` 0 asks for the prompt alone."""
 
     prompt: Prompt
+    max_tokens: Annotated[int, Meta(ge=0, lt=1 << 31)] | None = None
     logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = None
 
@@ -142,7 +144,7 @@ _UNSUPPORTED: Final[dict[str, tuple[Any, ...]]] = {
         *("tools", "functions", "function_call", "audio", "prediction", "web_search_options", "documents"),
         *("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "structural_tag"),
         *("guided_decoding_backend", "guided_whitespace_pattern", "chat_template", "continue_final_message"),
-        *("kv_transfer_params", "truncate_prompt_tokens", "prompt_logprobs", "bad_words", "allowed_token_ids"),
+        *("kv_transfer_params", "truncate_prompt_tokens", "bad_words", "allowed_token_ids"),
         *("logits_processors", "use_beam_search", "return_tokens_as_token_ids", "mm_processor_kwargs"),
         *("prompt_embeds", "prompt_token_ids", "return_prompt_text"),
     )

@@ -22,6 +22,7 @@ import msgspec
 from aiohttp import web
 
 from protocol.errors import InvalidRequest, NotReady, Overloaded, RequestFailed, RequestRejected
+from protocol.request import FinishReason
 from protocol.wire import Role
 from router.api import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, parse
 from router.config import RouterConfig
@@ -29,6 +30,7 @@ from router.core import Core
 from router.event_stream import EventStream
 from router.intake import Job
 from router.metrics import CONTENT_TYPE, Metrics
+from router.prompt_logprobs import read_prompts
 from router.readout_routes import ReadoutRoutes
 from router.responses import ModelCard, body_of_error, encode_json, error_body
 from router.resumption import Claim, KeptStreams, asks_to_resume, claim_of
@@ -100,8 +102,11 @@ class HttpServer:
         job = await self._core.admit(len(body), partial(self._job, body, kind))
         request_id = job.request_id
         request[REQUEST_ID] = name = _request_id(request) or request_id or secrets.token_hex(12)
+        read = await read_prompts(self._core, job, arrived_s)
+        shape = AnswerShape(job, self._tokenizer, name, read)
+        if job.is_prompt_only:
+            return await self._prompt_alone(request, shape, job)
         session = self._core.open(job, arrived_s)
-        shape = AnswerShape(job, self._tokenizer, name)
         try:
             if job.is_stream:
                 return await self._stream(request, session, shape)
@@ -139,7 +144,22 @@ class HttpServer:
         job = self._intake.job(parsed, max_model_len)
         if claim is not None and not (job.is_stream and len(job.choices) == 1):
             raise InvalidRequest("X-Resume-For: only streams with one choice can be resumed", "X-Resume-For")
+        if claim is not None and (job.is_prompt_only or job.num_prompt_top is not None):
+            raise InvalidRequest("X-Resume-For: streams that tell about their prompt cannot be resumed", "X-Resume-For")
         return job
+
+    async def _prompt_alone(self, request: web.Request, shape: AnswerShape, job: Job) -> web.StreamResponse:
+        """Answer where nothing is generated: a prompt echoed, or told about."""
+        ended = Piece(finish_reason=FinishReason.LENGTH)
+        if not job.is_stream:
+            return _json(shape.answer([ended for _ in job.choices]))
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
+        await response.prepare(request)
+        for choice in job.choices:
+            await response.write(shape.chunk(choice.index, Piece(finish_reason=FinishReason.LENGTH)))
+        await response.write(shape.closing())
+        await response.write_eof()
+        return response
 
     async def _whole(self, session: Session, shape: AnswerShape) -> web.StreamResponse:
         choices = [Piece() for _ in session.job.choices]
