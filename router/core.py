@@ -4,13 +4,13 @@
 refuses before any work is done, and holds a place until the session is open: what is being tokenised counts.
 3. `admit` parses, renders and tokenises: a long text in a thread, so that no prompt holds up another's stream; what
 its output must obey is tried in a process that may die of it. 4. `open` submits the job. Whoever opened a session
-closes it, however its client ended.
+closes it, however its client ended. What is only read off prompts goes the same way: `admit_readouts`, `open_readouts`.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Final, TypeVar
@@ -19,6 +19,7 @@ from protocol.errors import GrammarError, InvalidRequest, NotReady, Overloaded
 from router.config import RouterConfig
 from router.grammar_checks import GrammarChecks
 from router.intake import Intake, Job
+from router.reading import ReadQuery, ReadSession
 from router.switchboard import OVERLOAD_RETRY_S, Session, Switchboard
 from router.tokenizer import Tokenizer
 
@@ -101,6 +102,15 @@ class Core:
     def open(self, job: Job, arrived_s: float) -> Session:
         """Submit a job; the caller closes the session. Raises as `Switchboard.open` does."""
         return self.switchboard.open(job, arrived_s)
+
+    async def admit_readouts(self, num_bytes: int, make: Callable[[int], Result]) -> Result:
+        """As `admit`, for what `make` returns, of requests that are only read."""
+        max_model_len = self.switchboard.check_capacity(is_readout=True)
+        return await self.off_loop(num_bytes, lambda: make(max_model_len))
+
+    def open_readouts(self, queries: Sequence[ReadQuery], cache_salt: str, arrived_s: float) -> ReadSession:
+        """Submit readouts; the caller closes the session. Raises as `Switchboard.open_readouts` does."""
+        return self.switchboard.open_readouts(queries, cache_salt, arrived_s)
 
     async def off_loop(self, num_bytes: int, work: Callable[[], Result]) -> Result:
         """Run work on text: here if it is short, in a thread if it is long.

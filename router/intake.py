@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 from protocol.errors import ContextTooLong, InvalidRequest, UnknownModel
+from protocol.readout import MAX_PROMPT_VALUES
 from protocol.request import MAX_SEED, Grammar, SamplingParams
 from router.api import (
     MAX_CHOICES,
@@ -38,10 +39,11 @@ _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant"
 
 @dataclass(frozen=True, slots=True)
 class PromptTokens:
-    """One prompt. `echo` is its text if the answer repeats it."""
+    """One prompt. `echo` is its text if the answer repeats it, as `is_echoed` says."""
 
     token_ids: tuple[int, ...]
     echo: str = ""
+    is_echoed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,9 @@ class Job:
         request_id: the id that its body gave it, if it did.
         grammar_field: the field that asked for the choices' grammar; empty where they have none.
         has_usage, has_running_usage: whether a stream reports usage at its end, or in every chunk.
+        num_prompt_top: how many of the likeliest tokens are read beside each prompt token; None reads no prompt.
+        num_shown_top: of these, how many `prompt_logprobs` shows; None shows none.
+        is_prompt_only: nothing is generated.
     """
 
     is_chat: bool
@@ -75,6 +80,9 @@ class Job:
     returns_token_ids: bool
     request_id: str | None = None
     grammar_field: str = ""
+    num_prompt_top: int | None = None
+    num_shown_top: int | None = None
+    is_prompt_only: bool = False
 
     def with_grammar(self, grammar: Grammar) -> Job:
         """Return the job with every choice bound by a grammar."""
@@ -128,6 +136,9 @@ class Intake:
             returns_token_ids=bool(request.return_token_ids),
             request_id=request.request_id,
             grammar_field="" if structured is None else structured.field,
+            num_prompt_top=_num_prompt_top(request, prompts),
+            num_shown_top=request.prompt_logprobs,
+            is_prompt_only=request.max_tokens == 0 and isinstance(request, CompletionRequest),
         )
         return job if structured is None else job.with_grammar(structured.grammar)
 
@@ -166,8 +177,6 @@ class Intake:
         return self._checked(ids, "messages", max_model_len)
 
     def _completion_prompts(self, request: CompletionRequest, max_model_len: int) -> list[PromptTokens]:
-        if request.echo and request.logprobs is not None:
-            raise InvalidRequest("echo together with logprobs is not supported", "echo")
         parts = split_prompts(request.prompt)
         if len(parts) > MAX_PROMPTS:
             raise InvalidRequest(f"prompt: at most {MAX_PROMPTS} prompts in one request", "prompt")
@@ -180,7 +189,7 @@ class Intake:
             prompt = self._checked(ids, "prompt", max_model_len)
             if request.echo:
                 text = part if isinstance(part, str) else self._tokenizer.decode(ids, skip_special=False)
-                prompt = PromptTokens(prompt.token_ids, text)
+                prompt = PromptTokens(prompt.token_ids, text, is_echoed=True)
             prompts.append(prompt)
         return prompts
 
@@ -223,7 +232,7 @@ class Intake:
             presence_penalty=_or(request.presence_penalty, 0.0),
             frequency_penalty=_or(request.frequency_penalty, 0.0),
             logit_bias=self._logit_bias(request.logit_bias or {}),
-            max_tokens=max_tokens,
+            max_tokens=max(1, max_tokens),
             min_tokens=min_tokens,
             ignore_eos=bool(request.ignore_eos),
             stop_token_ids=self._known(request.stop_token_ids or (), "stop_token_ids"),
@@ -336,6 +345,24 @@ def _num_logprobs(request: GenerationFields) -> int | None:
             raise InvalidRequest("top_logprobs needs logprobs to be true", "top_logprobs")
         return None
     return request.top_logprobs or 0
+
+
+def _num_prompt_top(request: GenerationFields, prompts: Sequence[PromptTokens]) -> int | None:
+    """Return how many of the likeliest tokens are to be read beside each prompt token, or None to read none."""
+    if request.prompt_logprobs is not None and request.stream:
+        raise InvalidRequest("prompt_logprobs: not available in a stream", "prompt_logprobs")
+    wanted = [] if request.prompt_logprobs is None else [(request.prompt_logprobs, "prompt_logprobs")]
+    if isinstance(request, CompletionRequest) and request.echo and request.logprobs is not None:
+        wanted.append((request.logprobs, "logprobs"))
+    for num_top, param in wanted:
+        for prompt in prompts:
+            if len(prompt.token_ids) * (1 + num_top) > MAX_PROMPT_VALUES:
+                raise InvalidRequest(
+                    f"{param}: {len(prompt.token_ids)} prompt tokens with {1 + num_top} log probabilities each are "
+                    f"more than {MAX_PROMPT_VALUES}",
+                    param,
+                )
+    return max((num_top for num_top, _ in wanted), default=None)
 
 
 def _or(value: Any, default: Any) -> Any:

@@ -90,6 +90,10 @@ class Metrics:
                               registry=self._registry)  # fmt: skip
         self._num_stale = 0
         self._shed = Counter("baton_requests_shed", "Requests answered with 429.", registry=self._registry)
+        self._readouts = Histogram("baton_readout_seconds", "Arrival of a request to one of its readings.", ("kind",),
+                                   buckets=_LONG, registry=self._registry)  # fmt: skip
+        for kind in ("labels", "prompt", "embedding"):
+            self._readouts.labels(kind)
         self._running = self._gauge("baton_num_requests_running", "Requests with workers.", "vllm:num_requests_running")
         self._waiting = self._gauge("baton_num_requests_waiting", "Requests without.", "vllm:num_requests_waiting")
 
@@ -159,6 +163,10 @@ class Metrics:
             self._tpot.observe(timeline.tpot_s)
         if timeline.first_token_s is not None and timeline.finished_s is not None:
             self._decode.observe(timeline.finished_s - timeline.first_token_s)
+
+    def read(self, kind: str, took_s: float) -> None:
+        """Observe a readout; what has no tokens has no time per token."""
+        self._readouts.labels(kind).observe(took_s)
 
     def failed(self, reason: str) -> None:
         """Count a choice that could not be completed."""

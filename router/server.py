@@ -22,6 +22,7 @@ import msgspec
 from aiohttp import web
 
 from protocol.errors import InvalidRequest, NotReady, Overloaded, RequestFailed, RequestRejected
+from protocol.request import FinishReason
 from protocol.wire import Role
 from router.api import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, parse
 from router.config import RouterConfig
@@ -29,6 +30,8 @@ from router.core import Core
 from router.event_stream import EventStream
 from router.intake import Job
 from router.metrics import CONTENT_TYPE, Metrics
+from router.prompt_logprobs import read_prompts
+from router.readout_routes import ReadoutRoutes
 from router.responses import ModelCard, body_of_error, encode_json, error_body
 from router.resumption import Claim, KeptStreams, asks_to_resume, claim_of
 from router.stream import AnswerShape, error_event
@@ -64,6 +67,7 @@ class HttpServer:
         post, get = app.router.add_post, app.router.add_get
         post("/v1/chat/completions", self._chat)
         post("/v1/completions", self._complete)
+        ReadoutRoutes(self._core, self._config.served_model_names[0], _read).add_to(app)
         post("/tokenize", self._tokenize)
         post("/detokenize", self._detokenize)
         get("/v1/models", self._models)
@@ -97,9 +101,12 @@ class HttpServer:
         body = await _read(request)
         with self._core.admission():
             job = await self._core.admit(len(body), partial(self._job, body, kind))
-            session = self._core.open(job, arrived_s)
         request[REQUEST_ID] = name = _request_id(request) or job.request_id or secrets.token_hex(12)
-        shape = AnswerShape(job, self._tokenizer, name)
+        read = await read_prompts(self._core, job, arrived_s)
+        shape = AnswerShape(job, self._tokenizer, name, read)
+        if job.is_prompt_only:
+            return await self._prompt_alone(request, shape, job)
+        session = self._core.open(job, arrived_s)
         try:
             if job.is_stream:
                 return await self._stream(request, session, shape)
@@ -138,7 +145,22 @@ class HttpServer:
         job = self._intake.job(parsed, max_model_len)
         if claim is not None and not (job.is_stream and len(job.choices) == 1):
             raise InvalidRequest("X-Resume-For: only streams with one choice can be resumed", "X-Resume-For")
+        if claim is not None and (job.is_prompt_only or job.num_prompt_top is not None):
+            raise InvalidRequest("X-Resume-For: streams that tell about their prompt cannot be resumed", "X-Resume-For")
         return job
+
+    async def _prompt_alone(self, request: web.Request, shape: AnswerShape, job: Job) -> web.StreamResponse:
+        """Answer where nothing is generated: a prompt echoed, or told about."""
+        ended = Piece(finish_reason=FinishReason.LENGTH)
+        if not job.is_stream:
+            return _json(shape.answer([ended for _ in job.choices]))
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
+        await response.prepare(request)
+        for choice in job.choices:
+            await response.write(shape.chunk(choice.index, Piece(finish_reason=FinishReason.LENGTH)))
+        await response.write(shape.closing())
+        await response.write_eof()
+        return response
 
     async def _whole(self, session: Session, shape: AnswerShape) -> web.StreamResponse:
         choices = [Piece() for _ in session.job.choices]
