@@ -16,6 +16,7 @@ from msgspec import Meta
 
 from protocol.errors import InvalidRequest
 from protocol.request import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_TOKEN_IDS, TokenId
+from router.tools import MAX_TOOLS, ToolCallMessage, ToolChoice, ToolDefinition
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +69,8 @@ class GenerationFields(msgspec.Struct, frozen=True, kw_only=True):
     skip_special_tokens: bool | None = None
     add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
+    truncate_prompt_tokens: Annotated[int, Meta(ge=-1, lt=1 << 31)] | None = None
+    priority: Annotated[int, Meta(ge=-(1 << 31), lt=1 << 31)] | None = None
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -89,7 +92,7 @@ class ChatMessage(msgspec.Struct, frozen=True, kw_only=True):
     content: str | Annotated[list[TextPart], Meta(max_length=MAX_MESSAGES)] | None = None
     name: Short | None = None
     tool_call_id: Short | None = None
-    tool_calls: Annotated[list[Any], Meta(max_length=1024)] | None = None
+    tool_calls: Annotated[list[ToolCallMessage], Meta(max_length=MAX_TOOLS)] | None = None
     function_call: dict[str, Any] | None = None
 
 
@@ -101,6 +104,10 @@ class ChatRequest(GenerationFields, frozen=True, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    tools: Annotated[list[ToolDefinition], Meta(max_length=MAX_TOOLS)] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     chat_template_kwargs: Annotated[dict[Short, Scalar], Meta(max_length=32)] | None = None
 
 
@@ -139,24 +146,22 @@ Request = TypeVar("Request", bound=msgspec.Struct)
 _UNSUPPORTED: Final[dict[str, tuple[Any, ...]]] = {
     name: (None, False, [], {})
     for name in (
-        *("tools", "functions", "function_call", "audio", "prediction", "web_search_options", "documents"),
+        *("functions", "function_call", "audio", "prediction", "web_search_options", "documents"),
         *("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "structural_tag"),
-        *("guided_decoding_backend", "guided_whitespace_pattern", "chat_template", "continue_final_message"),
-        *("kv_transfer_params", "truncate_prompt_tokens", "prompt_logprobs", "bad_words", "allowed_token_ids"),
+        *("guided_decoding_backend", "guided_whitespace_pattern", "chat_template"),
+        *("kv_transfer_params", "prompt_logprobs", "bad_words", "allowed_token_ids"),
         *("logits_processors", "use_beam_search", "return_tokens_as_token_ids", "mm_processor_kwargs"),
         *("prompt_embeds", "prompt_token_ids", "return_prompt_text"),
     )
 } | {
-    "tool_choice": (None, "none", "auto"),
     "response_format": (None, {"type": "text"}),
     "modalities": (None, [], ["text"]),
     "suffix": (None, ""),
-    "priority": (None, 0),
     "length_penalty": (None, 1, 1.0),
 }
 # Fields that change nothing here: accepted without a word.
 _WITHOUT_EFFECT: Final = frozenset(
-    {"store", "metadata", "service_tier", "parallel_tool_calls", "session_id", "safety_identifier", "prompt_cache_key"}
+    {"store", "metadata", "service_tier", "session_id", "safety_identifier", "prompt_cache_key"}
 )
 _PATH: Final = re.compile(r" - at `\$\.([A-Za-z_]\w*)([^`]*)`$")
 _MISSING: Final = re.compile(r"missing required field `(\w+)`$")

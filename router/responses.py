@@ -8,6 +8,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from protocol.errors import Overloaded, RequestFailed, RequestRejected
+from router.call_shapes import AnsweredCall, ToolCallDelta
 
 
 class TokenDetails(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,15 +62,17 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What a chunk adds to a message."""
 
     role: str | UnsetType = UNSET
-    content: str | UnsetType = UNSET
+    content: str | None | UnsetType = UNSET
+    tool_calls: list[ToolCallDelta] | UnsetType = UNSET
 
 
 class AnswerMessage(msgspec.Struct, frozen=True, kw_only=True):
     """A whole message."""
 
-    content: str
+    content: str | None
     role: str = "assistant"
     refusal: str | None = None
+    tool_calls: list[AnsweredCall] | UnsetType = UNSET
 
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True):

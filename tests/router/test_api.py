@@ -239,7 +239,11 @@ BAD_CHAT: list[tuple[dict[str, Any], str]] = [
     ({"modalities": ["text", "audio"]}, "modalities"),
     ({"audio": {"voice": "v"}}, "audio"),
     ({"best_of": 3}, "best_of"),
-    ({"priority": 1}, "priority"),
+    ({"priority": 1 << 31}, "priority"),
+    ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
+    ({"truncate_prompt_tokens": 65}, "truncate_prompt_tokens"),
+    ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens"),
+    ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
     ({"echo": True}, "echo"),
     ({"chat_template": "x"}, "chat_template"),
 ]
