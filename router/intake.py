@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from protocol.errors import ContextTooLong, InvalidRequest, UnknownModel
+from protocol.errors import ContextTooLong, InvalidRequest, RequestRejected, UnknownModel
 from protocol.request import MAX_SEED, SamplingParams
 from router.api import (
     MAX_CHOICES,
@@ -26,6 +26,7 @@ from router.api import (
     TokenizeRequest,
 )
 from router.conversation import calls_of, check_results, render
+from router.response_request import ResponsesRequest, renamed
 from router.text import TextOptions
 from router.tokenizer import Tokenizer
 from router.tools import ToolUse, tool_use
@@ -61,6 +62,7 @@ class Job:
         has_usage, has_running_usage: whether a stream reports usage at its end, or in every chunk.
         priority: lower ones are served earlier.
         tools: functions that the answer may call.
+        response: the body of /v1/responses that it came from, if it did.
     """
 
     is_chat: bool
@@ -76,6 +78,7 @@ class Job:
     request_id: str | None = None
     priority: int = 0
     tools: ToolUse | None = None
+    response: ResponsesRequest | None = None
 
 
 class Intake:
@@ -85,7 +88,7 @@ class Intake:
         self._tokenizer = tokenizer
         self._names = tuple(served_model_names)
 
-    def job(self, request: ChatRequest | CompletionRequest, max_model_len: int) -> Job:
+    def job(self, request: ChatRequest | CompletionRequest | ResponsesRequest, max_model_len: int) -> Job:
         """Tokenise and check a request.
 
         Args:
@@ -95,6 +98,11 @@ class Intake:
         Raises:
             RequestRejected: this model cannot take it; the message names the field.
         """
+        if isinstance(request, ResponsesRequest):
+            try:
+                return replace(self.job(request.to_chat(), max_model_len), response=request)
+            except RequestRejected as error:
+                raise renamed(error) from error
         self.check_model(request.model)
         tools = None
         if isinstance(request, ChatRequest):

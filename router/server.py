@@ -29,9 +29,11 @@ from router.core import Core
 from router.event_stream import EventStream
 from router.intake import Job
 from router.metrics import CONTENT_TYPE, Metrics
+from router.response_request import ResponsesRequest
+from router.response_shape import shape_of
 from router.responses import ModelCard, body_of_error, encode_json, error_body
 from router.resumption import Claim, KeptStreams, asks_to_resume, claim_of
-from router.stream import AnswerShape, error_event
+from router.shape import Shape
 from router.switchboard import OVERLOAD_RETRY_S, Session, Switchboard
 from router.text import Piece
 
@@ -41,6 +43,7 @@ BODY_BUDGET_S: Final = 60.0
 MAX_REQUEST_ID_CHARS: Final = 128
 REQUEST_ID: Final = web.RequestKey("request_id", str)
 
+Kind = type[ChatRequest] | type[CompletionRequest] | type[ResponsesRequest]
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -64,6 +67,7 @@ class HttpServer:
         post, get = app.router.add_post, app.router.add_get
         post("/v1/chat/completions", self._chat)
         post("/v1/completions", self._complete)
+        post("/v1/responses", self._respond)
         post("/tokenize", self._tokenize)
         post("/detokenize", self._detokenize)
         get("/v1/models", self._models)
@@ -86,9 +90,10 @@ class HttpServer:
     async def _complete(self, request: web.Request) -> web.StreamResponse:
         return await self._generate(request, CompletionRequest)
 
-    async def _generate(
-        self, request: web.Request, kind: type[ChatRequest] | type[CompletionRequest]
-    ) -> web.StreamResponse:
+    async def _respond(self, request: web.Request) -> web.StreamResponse:
+        return await self._generate(request, ResponsesRequest)
+
+    async def _generate(self, request: web.Request, kind: Kind) -> web.StreamResponse:
         arrived_s = time.monotonic()
         await self._core.started()
         if asks_to_resume(request.headers):
@@ -99,7 +104,7 @@ class HttpServer:
         request_id = job.request_id
         request[REQUEST_ID] = name = _request_id(request) or request_id or secrets.token_hex(12)
         session = self._core.open(job, arrived_s)
-        shape = AnswerShape(job, self._tokenizer, name)
+        shape = shape_of(job, self._tokenizer, name)
         try:
             if job.is_stream:
                 return await self._stream(request, session, shape)
@@ -107,9 +112,7 @@ class HttpServer:
         finally:
             session.close()
 
-    async def _resume(
-        self, request: web.Request, kind: type[ChatRequest] | type[CompletionRequest], arrived_s: float
-    ) -> web.StreamResponse:
+    async def _resume(self, request: web.Request, kind: Kind, arrived_s: float) -> web.StreamResponse:
         """Answer with a stream that outlives its connection: a new one, or the rest of one that is kept."""
         body = await _read(request)
         asked = request.path.encode() + b"\n" + body
@@ -121,17 +124,17 @@ class HttpServer:
             kept = self._kept.find(claim)
             if kept is None:
                 session = self._core.open(job, arrived_s)
-                kept = self._kept.keep(claim, session, AnswerShape(job, self._tokenizer, claim.request_id))
+                kept = self._kept.keep(claim, session, shape_of(job, self._tokenizer, claim.request_id))
         return await self._kept.read(kept, request, claim)
 
     def _job(
         self,
         body: bytes,
-        kind: type[ChatRequest] | type[CompletionRequest],
+        kind: Kind,
         max_model_len: int,
         claim: Claim | None = None,
     ) -> Job:
-        parsed: ChatRequest | CompletionRequest = parse(body, kind)
+        parsed: ChatRequest | CompletionRequest | ResponsesRequest = parse(body, kind)
         if claim is not None and parsed.seed is None:
             parsed = msgspec.structs.replace(parsed, seed=claim.seed)
         job = self._intake.job(parsed, max_model_len)
@@ -139,7 +142,7 @@ class HttpServer:
             raise InvalidRequest("X-Resume-For: only streams with one choice can be resumed", "X-Resume-For")
         return job
 
-    async def _whole(self, session: Session, shape: AnswerShape) -> web.StreamResponse:
+    async def _whole(self, session: Session, shape: Shape) -> web.StreamResponse:
         choices = [Piece() for _ in session.job.choices]
         while events := await session.events():
             for index, piece in events:
@@ -147,7 +150,7 @@ class HttpServer:
         shape.num_cached_tokens = session.num_cached_tokens
         return _json(shape.answer(choices))
 
-    async def _stream(self, request: web.Request, session: Session, shape: AnswerShape) -> web.StreamResponse:
+    async def _stream(self, request: web.Request, session: Session, shape: Shape) -> web.StreamResponse:
         events = await session.events()
         stream = EventStream(request, shape, session, self._config.client_stall_s)
         await stream.begin()
@@ -159,7 +162,7 @@ class HttpServer:
         return stream.response
 
     async def _follow(
-        self, session: Session, stream: EventStream, shape: AnswerShape, events: list[tuple[int, Piece]]
+        self, session: Session, stream: EventStream, shape: Shape, events: list[tuple[int, Piece]]
     ) -> None:
         """Write events until the last one has been read; generation waits for a client that does not read."""
         try:
@@ -170,7 +173,7 @@ class HttpServer:
             await stream.finish(shape.closing())
         except RequestFailed as error:
             log.warning("stream %s failed: %s", shape.answer_id, error)
-            await stream.finish(error_event(error))
+            await stream.finish(shape.failure(error))
 
     # --- text ---
 

@@ -23,6 +23,7 @@ from protocol.request import FinishReason
 from router.call_shapes import delta_of, parser_for, said_in
 from router.intake import Choice as JobChoice
 from router.intake import Job
+from router.logprob_shapes import chat_logprobs, finite
 from router.responses import (
     Answer,
     AnswerMessage,
@@ -31,8 +32,6 @@ from router.responses import (
     CompletionLogprobs,
     Delta,
     Logprobs,
-    TokenLogprob,
-    TopLogprob,
     Usage,
     body_of_error,
     encode_json,
@@ -44,8 +43,6 @@ from router.tool_calls import Content
 
 DONE: Final = b"data: [DONE]\n\n"
 _encode: Final = msgspec.json.Encoder().encode
-# JSON has no infinities; clients expect this number for a token that could not be.
-_LOWEST_LOGPROB: Final = -9999.0
 
 
 @dataclass(slots=True)
@@ -179,6 +176,10 @@ class AnswerShape:
         )
         return event(answer) + DONE
 
+    def failure(self, error: RequestFailed) -> bytes:
+        """Return the event that ends a stream which has begun and cannot go on."""
+        return error_event(error)
+
     def answer(self, pieces: list[Piece]) -> bytes:
         """Return the whole answer; `pieces` holds each choice whole."""
         for progress, piece in zip(self._progress, pieces, strict=True):
@@ -233,7 +234,7 @@ class AnswerShape:
             return None
         num_top = choice.sampling.num_logprobs
         if self._job.is_chat:
-            return ChatLogprobs(content=[self._chat_logprob(logged, num_top) for logged in piece.logged])
+            return ChatLogprobs(content=chat_logprobs(self._tokenizer, piece.logged, num_top))
         progress = self._progress[choice.index]
         offsets, tokens = [], []
         for logged in piece.logged:
@@ -243,23 +244,14 @@ class AnswerShape:
             progress.num_logged_chars += len(text)
         return CompletionLogprobs(
             text_offset=offsets,
-            token_logprobs=[_finite(logged.logprobs.logprob) for logged in piece.logged],
+            token_logprobs=[finite(logged.logprobs.logprob) for logged in piece.logged],
             tokens=tokens,
             top_logprobs=[self._top(logged, num_top) for logged in piece.logged],
         )
 
-    def _chat_logprob(self, logged: LoggedToken, num_top: int) -> TokenLogprob:
-        top = [self._one(token_id, logprob) for token_id, logprob in logged.logprobs.top[:num_top]]
-        one = self._one(logged.token_id, logged.logprobs.logprob)
-        return TokenLogprob(token=one.token, logprob=one.logprob, bytes=one.bytes, top_logprobs=top)
-
-    def _one(self, token_id: int, logprob: float) -> TopLogprob:
-        data = self._tokenizer.token_bytes(token_id)
-        return TopLogprob(token=data.decode("utf-8", "replace"), logprob=_finite(logprob), bytes=list(data))
-
     def _top(self, logged: LoggedToken, num_top: int) -> dict[str, float]:
-        found = {self._plain(token_id): _finite(value) for token_id, value in logged.logprobs.top[:num_top]}
-        found.setdefault(self._plain(logged.token_id), _finite(logged.logprobs.logprob))
+        found = {self._plain(token_id): finite(value) for token_id, value in logged.logprobs.top[:num_top]}
+        found.setdefault(self._plain(logged.token_id), finite(logged.logprobs.logprob))
         return found
 
     def _plain(self, token_id: int) -> str:
@@ -279,8 +271,3 @@ def event(value: Any) -> bytes:
 def error_event(error: RequestFailed) -> bytes:
     """Return the event that ends a stream which has begun and cannot go on."""
     return event(body_of_error(error))
-
-
-def _finite(value: float) -> float:
-    # Also true for NaN, which compares with nothing.
-    return value if value > _LOWEST_LOGPROB else _LOWEST_LOGPROB

@@ -26,15 +26,16 @@ TOOL: dict[str, Any] = {
 }
 HI = [{"role": "user", "content": "hi"}]
 SAID = 'So:\n<tool_call>\n{"name": "look", "arguments": {"at": "x"}}\n</tool_call>'
-PAST = [
-    *HI,
-    {"role": "assistant", "content": None, "tool_calls": [
+CALLING: dict[str, Any] = {"role": "assistant", "content": None, "tool_calls": [
         {"id": "c1", "type": "function", "function": {"name": "look", "arguments": '{"at": "x"}'}},
         {"id": "c2", "type": "function", "function": {"name": "look", "arguments": ""}},
-    ]},
+    ]}  # fmt: skip
+PAST: list[dict[str, Any]] = [
+    *HI,
+    CALLING,
     {"role": "tool", "tool_call_id": "c1", "content": "seen"},
     {"role": "tool", "tool_call_id": "c2", "content": "unseen"},
-]  # fmt: skip
+]
 KNOWING = (
     "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|start|>{{ m['role'] }}: {{ m['content'] }}"
     "{% for c in m.tool_calls or [] %}[{{ c.function.name }} {{ c.function.arguments.at }}]{% endfor %}<|stop|>"
@@ -99,7 +100,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"tools": [TOOL], "tool_choice": {"type": "allowed_tools"}}, "tool_choice"),
     ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "c1"}]}, "messages"),
     ({"messages": [{"role": "tool", "content": "x"}]}, "messages"),
-    ({"messages": [{**PAST[1], "role": "user", "content": "x"}]}, "messages"),
+    ({"messages": [{**CALLING, "role": "user", "content": "x"}]}, "messages"),
     ({"messages": [{"role": "assistant", "tool_calls": [
         {"id": "1", "type": "function", "function": {"name": "a", "arguments": "[1]"}}]}]}, "messages"),
     ({"messages": [{"role": "assistant", "tool_calls": [
