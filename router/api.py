@@ -1,12 +1,14 @@
 """What clients may send: every field typed and bounded, before any text is tokenised.
 
-1. `parse` looks at the names of all fields: known but unsupported ones are refused, unknown ones logged and ignored.
+1. `parse` looks at the names of all fields: known but unsupported ones are refused, unknown ones logged and ignored,
+   and a name that stands twice in one object is refused.
 2. It decodes the body into a struct; the first field out of its type or bounds is named in a 400.
 3. What depends on the model (vocabulary, context) is checked by `router/intake.py`.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from typing import Annotated, Any, Final, TypeVar
@@ -176,11 +178,16 @@ def parse(body: bytes, kind: type[Request]) -> Request:
     try:
         fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
         _check_names(fields, kind)
-        return msgspec.json.decode(body, type=kind)
+        found = msgspec.json.decode(body, type=kind)
+        # Readers differ in which of two values they take, so that nobody should have to guess.
+        json.loads(body, object_pairs_hook=_check_unique)
+        return found
     except msgspec.ValidationError as error:
         raise _named(str(error)) from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"the body is not valid JSON: {error}") from error
+    except ValueError as error:
+        raise InvalidRequest("the body has a number with too many digits") from error
     except RecursionError as error:
         raise InvalidRequest("the body is nested too deeply") from error
 
@@ -199,6 +206,13 @@ def _check_names(fields: dict[str, msgspec.Raw], kind: type[Any]) -> None:
             unknown.append(name)
     if unknown:
         log.info("ignored unknown fields: %s", ", ".join(ascii(name[:64]) for name in unknown[:16]))
+
+
+def _check_unique(pairs: list[tuple[str, Any]]) -> None:
+    names = [name for name, _ in pairs]
+    if len(set(names)) != len(names):
+        twice = next(name for i, name in enumerate(names) if name in names[:i])
+        raise InvalidRequest(f"{ascii(twice[:64])} is there twice in one object")
 
 
 def _require_default(name: str, raw: msgspec.Raw) -> None:

@@ -15,17 +15,20 @@ import logging
 import secrets
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
 import msgspec
 from aiohttp import web
 
-from protocol.errors import InvalidRequest, NotReady, Overloaded, RequestFailed, RequestRejected
+from protocol.errors import InvalidRequest, NotReady, Overloaded, RequestFailed, RequestRejected, Unauthorized
 from protocol.wire import Role
+from router.access import Access
 from router.api import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, parse
 from router.config import RouterConfig
 from router.core import Core
+from router.doorway import TENANT, Origins, keys_needed
 from router.event_stream import EventStream
 from router.intake import Job
 from router.metrics import CONTENT_TYPE, Metrics
@@ -39,7 +42,6 @@ from router.text import Piece
 
 log = logging.getLogger(__name__)
 
-BODY_BUDGET_S: Final = 60.0
 MAX_REQUEST_ID_CHARS: Final = 128
 REQUEST_ID: Final = web.RequestKey("request_id", str)
 
@@ -58,12 +60,16 @@ class HttpServer:
         self._metrics = metrics
         self._intake = core.intake
         self._started_s = int(time.time())
+        self._access = Access(config.api_keys, config.api_key_files, time.monotonic)
+        self._origins = Origins(config.allowed_origins)
         self._kept = KeptStreams(config.max_num_requests, config.client_stall_s)
 
     def app(self) -> web.Application:
         """Return the aiohttp application for clients."""
-        app = web.Application(middlewares=[errors_in_openai_shape], client_max_size=self._config.max_body_bytes)
+        doors = [errors_in_openai_shape, self._origins.answer_preflight, keys_needed(self._access)]
+        app = web.Application(middlewares=doors, client_max_size=self._config.max_body_bytes)
         app.on_response_prepare.append(_name_response)
+        app.on_response_prepare.append(self._origins.tell)
         post, get = app.router.add_post, app.router.add_get
         post("/v1/chat/completions", self._chat)
         post("/v1/completions", self._complete)
@@ -82,6 +88,9 @@ class HttpServer:
         """Let go of what is kept."""
         self._kept.close()
 
+    async def _read(self, request: web.Request) -> bytes:
+        return await _read(request, self._config.request_read_s)
+
     # --- generation ---
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
@@ -99,10 +108,10 @@ class HttpServer:
         if asks_to_resume(request.headers):
             return await self._resume(request, kind, arrived_s)
         self._switchboard.check_capacity()  # before a large body is read
-        body = await _read(request)
-        job = await self._core.admit(len(body), partial(self._job, body, kind))
+        body = await self._read(request)
+        job = await self._core.admit(len(body), partial(self._job, request, body, kind))
         request_id = job.request_id
-        request[REQUEST_ID] = name = _request_id(request) or request_id or secrets.token_hex(12)
+        request[REQUEST_ID] = name = _request_id(request) or request_id or request[REQUEST_ID]
         session = self._core.open(job, arrived_s)
         shape = shape_of(job, self._tokenizer, name)
         try:
@@ -114,12 +123,12 @@ class HttpServer:
 
     async def _resume(self, request: web.Request, kind: Kind, arrived_s: float) -> web.StreamResponse:
         """Answer with a stream that outlives its connection: a new one, or the rest of one that is kept."""
-        body = await _read(request)
-        asked = request.path.encode() + b"\n" + body
+        body = await self._read(request)
+        asked = f"{request.path}\n{request[TENANT]}\n".encode() + body
         claim = claim_of(request.headers, _request_id(request), self._config.max_resume_s, asked)
         kept = self._kept.find(claim)
         if kept is None:
-            job = await self._core.admit(len(body), partial(self._job, body, kind, claim=claim))
+            job = await self._core.admit(len(body), partial(self._job, request, body, kind, claim=claim))
             # The same client may have been faster on another connection.
             kept = self._kept.find(claim)
             if kept is None:
@@ -129,6 +138,7 @@ class HttpServer:
 
     def _job(
         self,
+        request: web.Request,
         body: bytes,
         kind: Kind,
         max_model_len: int,
@@ -140,7 +150,8 @@ class HttpServer:
         job = self._intake.job(parsed, max_model_len)
         if claim is not None and not (job.is_stream and len(job.choices) == 1):
             raise InvalidRequest("X-Resume-For: only streams with one choice can be resumed", "X-Resume-For")
-        return job
+        salt = self._access.salt(request[TENANT], job.cache_salt)
+        return job if salt == job.cache_salt else replace(job, cache_salt=salt)
 
     async def _whole(self, session: Session, shape: Shape) -> web.StreamResponse:
         choices = [Piece() for _ in session.job.choices]
@@ -178,7 +189,7 @@ class HttpServer:
     # --- text ---
 
     async def _tokenize(self, request: web.Request) -> web.Response:
-        body, max_model_len = await _read(request), self._core.max_model_len()
+        body, max_model_len = await self._read(request), self._core.max_model_len()
 
         def work() -> tuple[list[int], bool]:
             parsed = parse(body, TokenizeRequest)
@@ -190,7 +201,7 @@ class HttpServer:
         return _json(encode_json(found))
 
     async def _detokenize(self, request: web.Request) -> web.Response:
-        body = await _read(request)
+        body = await self._read(request)
 
         def work() -> str:
             parsed = parse(body, DetokenizeRequest)
@@ -269,7 +280,7 @@ def census(switchboard: Switchboard) -> dict[str, Any]:
 @web.middleware
 async def errors_in_openai_shape(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Answer every error as OpenAI would."""
-    request[REQUEST_ID] = _request_id(request) or ""
+    request[REQUEST_ID] = _request_id(request) or secrets.token_hex(12)
     try:
         return await handler(request)
     except (RequestRejected, RequestFailed) as error:
@@ -277,6 +288,8 @@ async def errors_in_openai_shape(request: web.Request, handler: Handler) -> web.
         if isinstance(error, Overloaded | NotReady):
             retry_s = error.retry_after_s if isinstance(error, Overloaded) else OVERLOAD_RETRY_S
             response.headers["Retry-After"] = str(max(1, round(retry_s)))
+        if isinstance(error, Unauthorized):
+            response.headers["WWW-Authenticate"] = "Bearer"
         return response
     except web.HTTPException as error:
         if error.status < 400:
@@ -301,7 +314,7 @@ def _in_words(request: web.Request, error: web.HTTPException) -> str:
     return error.text or error.reason
 
 
-async def _read(request: web.Request) -> bytes:
+async def _read(request: web.Request, budget_s: float) -> bytes:
     """Return the body.
 
     Raises:
@@ -309,9 +322,15 @@ async def _read(request: web.Request) -> bytes:
     """
     if "Content-Type" in request.headers and request.content_type != "application/json":
         raise web.HTTPUnsupportedMediaType(text=f"send application/json, not {request.content_type[:100]}")
+    if request.headers.get("Content-Encoding", "identity").lower() != "identity":
+        raise web.HTTPUnsupportedMediaType(text="send the body as it is: compressed bodies are not taken")
+    if (request.content_length or 0) > request.client_max_size:
+        raise web.HTTPRequestEntityTooLarge(request.client_max_size, request.content_length)
     try:
-        async with asyncio.timeout(BODY_BUDGET_S):
+        async with asyncio.timeout(budget_s):
             return await request.read()
+    except web.RequestPayloadError as error:
+        raise web.HTTPBadRequest(text="the body cannot be read: its framing is broken") from error
     except TimeoutError as error:
         raise web.HTTPRequestTimeout(text="the body was not sent in time") from error
 
