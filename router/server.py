@@ -324,8 +324,9 @@ async def _read(request: web.Request, budget_s: float) -> bytes:
         raise web.HTTPUnsupportedMediaType(text=f"send application/json, not {request.content_type[:100]}")
     if request.headers.get("Content-Encoding", "identity").lower() != "identity":
         raise web.HTTPUnsupportedMediaType(text="send the body as it is: compressed bodies are not taken")
-    if (request.content_length or 0) > request.client_max_size:
-        raise web.HTTPRequestEntityTooLarge(request.client_max_size, request.content_length)
+    announced = request.content_length or 0
+    if announced > request.client_max_size:
+        raise web.HTTPRequestEntityTooLarge(request.client_max_size, announced)
     try:
         async with asyncio.timeout(budget_s):
             return await request.read()
