@@ -142,6 +142,11 @@ def _served_model() -> tuple[Option, ...]:
             help="On a GPU launch decode steps kernel by kernel, without CUDA graphs; slower, for debugging.",
         ),
         Option(
+            name="grammar-backend", group=group, roles=cpu_roles, parse=text,
+            fills=((EngineConfig, "grammar_backend"),),
+            help="Library behind structured output; auto takes llguidance. xgrammar must be installed beside Baton.",
+        ),
+        Option(
             name="device", group=group, roles=cpu_roles, parse=text, fills=((EngineConfig, "device"),),
             help="cpu, cuda, or auto: a GPU where torch sees one.",
         ),

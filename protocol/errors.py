@@ -20,6 +20,7 @@ BatonError
 │   ├── ChecksumMismatch        a piece arrived damaged
 │   └── TransferStalled         no piece made progress within its budget
 ├── LeaseExpired                the holder did not renew in time
+├── GrammarError                a grammar cannot be compiled, or does not allow the tokens that it should
 ├── OutOfBlocks                 the KV pool cannot give that many blocks now
 └── EngineDead                  the compute thread died: fatal to its process
 """
@@ -137,6 +138,10 @@ class TransferStalled(TransferError):
 
 class LeaseExpired(BatonError):
     """The holder did not renew its lease in time."""
+
+
+class GrammarError(BatonError):
+    """A grammar cannot be compiled, or does not allow the tokens that are there already."""
 
 
 class OutOfBlocks(BatonError):
