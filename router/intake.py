@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import msgspec
+
 from protocol.errors import ContextTooLong, InvalidRequest, RequestRejected, UnknownModel
 from protocol.request import MAX_SEED, SamplingParams
 from router.api import (
@@ -107,8 +109,6 @@ class Intake:
         tools = None
         if isinstance(request, ChatRequest):
             tools = tool_use(request.tools, request.tool_choice, request.parallel_tool_calls)
-            if tools is not None and tools.is_forced:
-                raise InvalidRequest("tool_choice: this server cannot enforce a call", "tool_choice")
             prompts = [self._chat_prompt(request, max_model_len, tools)]
         else:
             prompts = self._completion_prompts(request, max_model_len)
@@ -122,6 +122,11 @@ class Intake:
                 seed = (base_seed + i + (number << 32 if request.seed is None else 0)) & MAX_SEED
                 sampling = self._sampling(request, prompt, seed, max_model_len)
                 choices.append(Choice(len(choices), prompt, sampling))
+        if tools is not None and (grammar := tools.grammar()) is not None:
+            choices = [
+                replace(choice, sampling=msgspec.structs.replace(choice.sampling, grammar=grammar))
+                for choice in choices
+            ]
         options = request.stream_options
         return Job(
             is_chat=isinstance(request, ChatRequest),

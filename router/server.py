@@ -29,12 +29,24 @@ from router.api import ChatRequest, CompletionRequest, DetokenizeRequest, Tokeni
 from router.config import RouterConfig
 from router.core import Core
 from router.doorway import TENANT, Origins, keys_needed
+from router.endpoints import ENDPOINTS, document
 from router.event_stream import EventStream
 from router.intake import Job
 from router.metrics import CONTENT_TYPE, Metrics
 from router.response_request import ResponsesRequest
 from router.response_shape import shape_of
-from router.responses import ModelCard, body_of_error, encode_json, error_body
+from router.responses import (
+    DetokenizeAnswer,
+    Health,
+    Load,
+    ModelCard,
+    ModelList,
+    TokenizeAnswer,
+    Version,
+    body_of_error,
+    encode_json,
+    error_body,
+)
 from router.resumption import Claim, KeptStreams, asks_to_resume, claim_of
 from router.shape import Shape
 from router.switchboard import OVERLOAD_RETRY_S, Session, Switchboard
@@ -79,6 +91,10 @@ class HttpServer:
         get("/v1/models", self._models)
         get("/v1/models/{model:.+}", self._model)
         get("/health", self._health)
+        get("/ping", self._health)
+        post("/ping", self._health)
+        get("/load", self._load)
+        get("/openapi.json", self._openapi)
         get("/metrics", self._show_metrics)
         get("/version", self._version)
         get("/census", self._census)
@@ -197,7 +213,7 @@ class HttpServer:
 
         tokens, with_strings = await self._core.off_loop(len(body), work)
         strings = [self._tokenizer.token_text(token_id) for token_id in tokens] if with_strings else None
-        found = {"count": len(tokens), "max_model_len": max_model_len, "tokens": tokens, "token_strs": strings}
+        found = TokenizeAnswer(count=len(tokens), max_model_len=max_model_len, tokens=tokens, token_strs=strings)
         return _json(encode_json(found))
 
     async def _detokenize(self, request: web.Request) -> web.Response:
@@ -208,7 +224,7 @@ class HttpServer:
             self._intake.check_model(parsed.model)
             return self._tokenizer.decode(self._intake.known_tokens(parsed.tokens), skip_special=False)
 
-        return _json(encode_json({"prompt": await self._core.off_loop(len(body), work)}))
+        return _json(encode_json(DetokenizeAnswer(prompt=await self._core.off_loop(len(body), work))))
 
     # --- about the server ---
 
@@ -218,7 +234,7 @@ class HttpServer:
 
     async def _models(self, _: web.Request) -> web.Response:
         cards = [self._card(name) for name in self._config.served_model_names]
-        return _json(encode_json({"object": "list", "data": cards}))
+        return _json(encode_json(ModelList(data=cards)))
 
     async def _model(self, request: web.Request) -> web.Response:
         name = request.match_info["model"]
@@ -230,7 +246,15 @@ class HttpServer:
         if self._switchboard.is_draining:
             missing.insert(0, "the server is shutting down")
         status = "ok" if not missing else "unavailable"
-        return _json(encode_json({"status": status, "missing": missing}), 503 if missing else 200)
+        return _json(encode_json(Health(status=status, missing=missing)), 503 if missing else 200)
+
+    async def _load(self, _: web.Request) -> web.Response:
+        running, waiting = self._switchboard.dispatch.num_running, self._switchboard.dispatch.num_waiting
+        return _json(encode_json(Load(server_load=running + waiting, running=running, waiting=waiting)))
+
+    async def _openapi(self, _: web.Request) -> web.Response:
+        found = document(ENDPOINTS, importlib.metadata.version("baton-serve"), not self._access.is_open)
+        return _json(encode_json(found))
 
     async def _show_metrics(self, _: web.Request) -> web.Response:
         dispatch = self._switchboard.dispatch
@@ -238,7 +262,7 @@ class HttpServer:
         return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE})
 
     async def _version(self, _: web.Request) -> web.Response:
-        return _json(encode_json({"version": importlib.metadata.version("baton-serve")}))
+        return _json(encode_json(Version(version=importlib.metadata.version("baton-serve"))))
 
     async def _census(self, _: web.Request) -> web.Response:
         return _json(encode_json(census(self._switchboard)))

@@ -3,7 +3,7 @@
 1. `ToolUse` is what a request's `tools`, `tool_choice` and `parallel_tool_calls` come to, checked and bounded.
 2. Where the model's chat template knows `tools`, the template writes them. Elsewhere `with_default_prompt` writes them
    into the system message, in the style of Hermes, and past calls and their results into the conversation.
-3. `tool_choice` required, or one function by its name, binds the answer to `ToolUse.forced_schema`: a list of calls.
+3. `tool_choice` required, or one function by its name, binds the answer to `ToolUse.grammar`: a list of calls.
 4. `router/tool_calls.py` finds the calls in what the model says.
 """
 
@@ -18,11 +18,18 @@ import msgspec
 from msgspec import Meta
 
 from protocol.errors import InvalidRequest
+from protocol.request import MAX_GRAMMAR_BYTES, Grammar, GrammarKind
 
 MAX_TOOLS: Final = 128
 MAX_DEPTH: Final = 64
 
-FunctionName = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+\Z")]
+FunctionName = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
+
+# Of calls in one forced answer: a small model might never end the list.
+MAX_CALLS: Final = 16
+_NO_ARGUMENTS: Final[dict[str, Any]] = {"type": "object", "properties": {}, "additionalProperties": False}
+# What stands under these names in a schema is data, whatever it looks like.
+_PLAIN_DATA: Final = frozenset({"const", "enum", "default", "examples"})
 
 _PROMPT: Final = """You may call one or more functions to help with the user's request.
 
@@ -108,25 +115,38 @@ class ToolUse:
         """Return the functions as chat templates know them: like OpenAI's `tools`."""
         return [{"type": "function", "function": _plain(function)} for function in self.functions]
 
-    def forced_schema(self) -> dict[str, Any]:
-        """Return the JSON schema of a forced answer: a list of objects with name and arguments, in that order."""
-        calls: list[dict[str, Any]] = [
-            {
-                "type": "object",
-                "properties": {"name": {"const": function.name}, "arguments": _arguments_schema(function)},
-                "required": ["name", "arguments"],
-                "additionalProperties": False,
-            }
-            for function in self.functions
-        ]
-        schema: dict[str, Any] = {
-            "type": "array",
-            "items": calls[0] if len(calls) == 1 else {"anyOf": calls},
-            "minItems": 1,
-        }
-        if not self.is_parallel:
-            schema["maxItems"] = 1
-        return schema
+    def grammar(self) -> Grammar | None:
+        """Return what the answer must obey: a list of objects with name and arguments; None if it is free.
+
+        Raises:
+            InvalidRequest: the schemas are too large.
+        """
+        if not self.is_forced:
+            return None
+        text = json.dumps(self._schema(), ensure_ascii=False)
+        if len(text.encode("utf-8", "replace")) > MAX_GRAMMAR_BYTES:
+            raise InvalidRequest(f"tools: their schemas take more than {MAX_GRAMMAR_BYTES} bytes", "tools")
+        return Grammar(kind=GrammarKind.JSON_SCHEMA, text=text)
+
+    def _schema(self) -> dict[str, Any]:
+        calls: list[dict[str, Any]] = []
+        definitions: dict[str, Any] = {}
+        for i, function in enumerate(self.functions):
+            # The whole schema lies under a name of its own, and what it refers to in itself is found there.
+            name = f"arguments_{i}"
+            definitions[name] = _moved(function.parameters or _NO_ARGUMENTS, f"#/$defs/{name}")
+            properties = {"name": {"const": function.name}, "arguments": {"$ref": f"#/$defs/{name}"}}
+            calls.append(
+                {
+                    "type": "object",
+                    "properties": properties,
+                    "required": ["name", "arguments"],
+                    "additionalProperties": False,
+                }
+            )
+        items = calls[0] if len(calls) == 1 else {"anyOf": calls}
+        max_items = MAX_CALLS if self.is_parallel else 1
+        return {"type": "array", "items": items, "minItems": 1, "maxItems": max_items, "$defs": definitions}
 
 
 def tool_use(
@@ -234,6 +254,8 @@ def _functions(tools: Sequence[ToolDefinition]) -> tuple[FunctionDefinition, ...
             raise InvalidRequest(f"tools[{i}].type: {tool.type!r} is not supported, only function", "tools")
         if tool.function is None:
             raise InvalidRequest(f"tools[{i}].function: this field is required", "tools")
+        if tool.function.name.endswith("\n"):
+            raise InvalidRequest(f"tools[{i}].function.name: ends with a line break", "tools")
         if any(tool.function.name == other.name for other in functions):
             raise InvalidRequest(f"tools[{i}].function.name: {tool.function.name!r} is there twice", "tools")
         check_depth(tool.function.parameters, f"tools[{i}].function.parameters", "tools")
@@ -251,6 +273,21 @@ def _plain(function: FunctionDefinition) -> dict[str, Any]:
 
 def _arguments_schema(function: FunctionDefinition) -> dict[str, Any]:
     return function.parameters or {"type": "object", "properties": {}}
+
+
+def _moved(schema: Any, to: str) -> Any:
+    """Return a schema whose references to itself find it where it is moved to."""
+    if isinstance(schema, list):
+        return [_moved(item, to) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    moved = {}
+    for key, value in schema.items():
+        if key == "$ref" and isinstance(value, str) and value.startswith("#"):
+            moved[key] = to + value[1:]
+        else:
+            moved[key] = value if key in _PLAIN_DATA else _moved(value, to)
+    return moved
 
 
 def _inside(value: Any) -> Sequence[Any]:

@@ -7,12 +7,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 
 from protocol.errors import RequestRejected
 from router.api import ChatRequest, parse
 from router.intake import Intake
 from router.tokenizer import Tokenizer
+from router.tools import tool_use
 from tests.router.tiny import byte_level_gguf
 from tests.router.workers import CHAT, LENGTH, Stage, answer, events
 
@@ -122,6 +124,70 @@ def test_parameters_nested_too_deeply_are_refused(tokenizer: Tokenizer) -> None:
         parameters = {"not": parameters}
     with pytest.raises(RequestRejected, match="64 levels"):
         prompt(tokenizer, tools=[{"type": "function", "function": {"name": "a", "parameters": parameters}}])
+
+
+# --- calls that are forced ---
+
+
+def test_a_forced_call_is_bound_by_a_grammar(tokenizer: Tokenizer) -> None:
+    other = {"type": "function", "function": {"name": "wait"}}
+    both = grammar_of(tools=[TOOL, other], tool_choice="required")
+    assert [accepts(both, text) for text in (
+        '[{"name": "look", "arguments": {"at": "x"}}]',
+        '[{"name": "wait", "arguments": {}}, {"name": "look", "arguments": {"at": "x"}}]',
+        '[{"name": "look", "arguments": {}}]',
+        '[{"name": "dance", "arguments": {}}]',
+        '[]', 'hello',
+    )] == [True, True, False, False, False, False]  # fmt: skip
+    one = grammar_of(tools=[TOOL, other], tool_choice="required", parallel_tool_calls=False)
+    assert not accepts(one, '[{"name": "wait", "arguments": {}}, {"name": "wait", "arguments": {}}]')
+    choice = {"type": "function", "function": {"name": "wait"}}
+    named = grammar_of(tools=[TOOL, other], tool_choice=choice)
+    assert accepts(named, '[{"name": "wait", "arguments": {}}]')
+    assert not accepts(named, '[{"name": "look", "arguments": {"at": "x"}}]')
+    assert grammar_of(tools=[TOOL]) is None
+
+
+def test_schemas_that_refer_to_themselves_are_moved_as_they_are() -> None:
+    node = {"type": "object", "properties": {"next": {"$ref": "#/$defs/node"}, "value": {"type": "integer"}}}
+    parameters = {"$ref": "#/$defs/node", "$defs": {"node": {**node, "additionalProperties": False}}}
+    tool = {"type": "function", "function": {"name": "look", "parameters": parameters}}
+    grammar = grammar_of(tools=[TOOL | {"function": {"name": "other"}}, tool], tool_choice="required")
+    assert accepts(grammar, '[{"name": "look", "arguments": {"next": {"next": {"value": 5}}}}]')
+    assert not accepts(grammar, '[{"name": "look", "arguments": {"next": {"next": {"value": "x"}}}}]')
+
+
+def grammar_of(**fields: Any) -> dict[str, Any] | None:
+    """Return the JSON schema that binds the answer to a chat."""
+    request = parse(json.dumps({"model": "m", "messages": HI, **fields}).encode(), ChatRequest)
+    use = tool_use(request.tools, request.tool_choice, request.parallel_tool_calls)
+    assert use is not None
+    grammar = use.grammar()
+    return None if grammar is None else json.loads(grammar.text)
+
+
+def accepts(schema: dict[str, Any] | None, text: str) -> bool:
+    """Whether a text obeys a schema."""
+    assert schema is not None
+    try:
+        return bool(jsonschema.Draft202012Validator(schema).is_valid(json.loads(text)))
+    except ValueError:
+        return False
+
+
+async def test_a_forced_call_streams_its_arguments(stage: Stage) -> None:
+    prefill, decode = await stage.pair(max_model_len=4096, num_blocks=4000)
+    body = {"model": "m", "messages": HI, "tools": [TOOL], "tool_choice": "required", "stream": True}
+    asked = asyncio.create_task(stage.http.post(f"{stage.url}{CHAT}", json=body))
+    reserve = await answer(prefill, decode, '[{"name": "look", "arguments": {"at": "x"}}]')
+    assert reserve.sampling.grammar is not None
+    chunks = (await events(await asked))[:-1]
+    calls = [c for chunk in chunks for c in chunk["choices"][0]["delta"].get("tool_calls", [])]
+    assert calls[0]["function"] == {"name": "look", "arguments": ""}
+    fragments = [call["function"]["arguments"] for call in calls[1:]]
+    assert len(fragments) > 5 and "".join(fragments) == '{"at": "x"}'
+    assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
+    assert not any(chunk["choices"][0]["delta"].get("content") for chunk in chunks)
 
 
 # --- what the client gets ---
