@@ -18,6 +18,7 @@ from msgspec import Meta
 
 from protocol.errors import InvalidRequest
 from protocol.request import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_TOKEN_IDS, TokenId
+from router.structured import Choices, Pattern, ResponseFormat, Schema, StructuredOutputs, Whitespace
 from router.tools import MAX_TOOLS, ToolCallMessage, ToolChoice, ToolDefinition
 
 log = logging.getLogger(__name__)
@@ -73,6 +74,13 @@ class GenerationFields(msgspec.Struct, frozen=True, kw_only=True):
     return_token_ids: bool | None = None
     truncate_prompt_tokens: Annotated[int, Meta(ge=-1, lt=1 << 31)] | None = None
     priority: Annotated[int, Meta(ge=-(1 << 31), lt=1 << 31)] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Schema | None = None
+    guided_regex: Pattern | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: Pattern | None = None
+    guided_whitespace_pattern: Whitespace | None = None
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -149,14 +157,12 @@ _UNSUPPORTED: Final[dict[str, tuple[Any, ...]]] = {
     name: (None, False, [], {})
     for name in (
         *("functions", "function_call", "audio", "prediction", "web_search_options", "documents"),
-        *("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "structural_tag"),
-        *("guided_decoding_backend", "guided_whitespace_pattern", "chat_template"),
+        *("structural_tag", "guided_decoding_backend", "chat_template"),
         *("kv_transfer_params", "prompt_logprobs", "bad_words", "allowed_token_ids"),
         *("logits_processors", "use_beam_search", "return_tokens_as_token_ids", "mm_processor_kwargs"),
         *("prompt_embeds", "prompt_token_ids", "return_prompt_text"),
     )
 } | {
-    "response_format": (None, {"type": "text"}),
     "modalities": (None, [], ["text"]),
     "suffix": (None, ""),
     "length_penalty": (None, 1, 1.0),

@@ -104,7 +104,7 @@ class Router:
             with suppress(asyncio.CancelledError):
                 await self.clock
         self._http.close()
-        self.core.close()
+        await self.core.close()
 
     async def _close_after(self, _: web.Request, response: web.StreamResponse) -> None:
         if self._is_handing_over:
@@ -144,6 +144,7 @@ async def run(config: RouterConfig) -> int:
         loop.add_signal_handler(number, on_signal, number)
     try:
         await router.start()
+        router.core.grammars.warm()
         # What is there now stays: a collection that walks through it would hold up every stream for tens of ms.
         gc.freeze()
         assert router.clock is not None

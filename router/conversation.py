@@ -28,11 +28,7 @@ def render(tokenizer: Tokenizer, request: ChatRequest, messages: list[dict[str, 
     Raises:
         InvalidRequest: the template refuses the messages, or the last one cannot be continued.
     """
-    has_calls = any("tool_calls" in message or message["role"] == "tool" for message in messages)
-    if not tokenizer.knows_tools and (has_calls or use is not None):
-        messages, tools = with_default_prompt(messages, use), None
-    else:
-        tools = None if use is None else use.for_template()
+    messages, tools = told(tokenizer, messages, use)
     goes_on = bool(request.continue_final_message)
     if goes_on and request.add_generation_prompt:
         raise InvalidRequest(
@@ -41,6 +37,16 @@ def render(tokenizer: Tokenizer, request: ChatRequest, messages: list[dict[str, 
     opens_turn = not goes_on and request.add_generation_prompt is not False
     text = tokenizer.render_chat(messages, opens_turn, request.chat_template_kwargs, tools)
     return _cut_after(text, messages[-1]["content"]) if goes_on else text
+
+
+def told(
+    tokenizer: Tokenizer, messages: list[dict[str, Any]], use: ToolUse | None
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+    """Return messages and tools for the template: one that knows no tools finds all of it in the messages."""
+    has_calls = any("tool_calls" in message or message["role"] == "tool" for message in messages)
+    if not tokenizer.knows_tools and (has_calls or use is not None):
+        return with_default_prompt(messages, use), None
+    return messages, None if use is None else use.for_template()
 
 
 def calls_of(message: ChatMessage, i: int) -> list[dict[str, Any]]:

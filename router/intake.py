@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from protocol.errors import ContextTooLong, InvalidRequest, RequestRejected, UnknownModel
-from protocol.request import MAX_SEED, SamplingParams
+from protocol.request import MAX_SEED, Grammar, SamplingParams
 from router.api import (
     MAX_CHOICES,
     MAX_PROMPTS,
@@ -27,8 +27,9 @@ from router.api import (
     GenerationFields,
     TokenizeRequest,
 )
-from router.conversation import calls_of, check_results, render
-from router.response_request import ResponsesRequest, renamed
+from router.conversation import calls_of, check_results, render, told
+from router.response_request import RENAMED, ResponsesRequest, renamed
+from router.structured import Structured, structured_output
 from router.text import TextOptions
 from router.tokenizer import Tokenizer
 from router.tools import ToolUse, tool_use
@@ -61,6 +62,7 @@ class Job:
 
     Attributes:
         request_id: the id that its body gave it, if it did.
+        grammar_field: the field that asked for the choices' grammar; empty where they have none.
         has_usage, has_running_usage: whether a stream reports usage at its end, or in every chunk.
         priority: lower ones are served earlier.
         tools: functions that the answer may call.
@@ -81,6 +83,12 @@ class Job:
     priority: int = 0
     tools: ToolUse | None = None
     response: ResponsesRequest | None = None
+    grammar_field: str = ""
+
+    def with_grammar(self, grammar: Grammar) -> Job:
+        """Return the job with every choice bound by a grammar."""
+        choices = (replace(c, sampling=msgspec.structs.replace(c.sampling, grammar=grammar)) for c in self.choices)
+        return replace(self, choices=tuple(choices))
 
 
 class Intake:
@@ -101,10 +109,7 @@ class Intake:
             RequestRejected: this model cannot take it; the message names the field.
         """
         if isinstance(request, ResponsesRequest):
-            try:
-                return replace(self.job(request.to_chat(), max_model_len), response=request)
-            except RequestRejected as error:
-                raise renamed(error) from error
+            return self._response_job(request, max_model_len)
         self.check_model(request.model)
         tools = None
         if isinstance(request, ChatRequest):
@@ -122,13 +127,13 @@ class Intake:
                 seed = (base_seed + i + (number << 32 if request.seed is None else 0)) & MAX_SEED
                 sampling = self._sampling(request, prompt, seed, max_model_len)
                 choices.append(Choice(len(choices), prompt, sampling))
+        structured = structured_output(request)
         if tools is not None and (grammar := tools.grammar()) is not None:
-            choices = [
-                replace(choice, sampling=msgspec.structs.replace(choice.sampling, grammar=grammar))
-                for choice in choices
-            ]
+            if structured is not None:
+                raise InvalidRequest(f"tool_choice: {structured.field} asks for something else", "tool_choice")
+            structured = Structured(grammar, "tools")
         options = request.stream_options
-        return Job(
+        job = Job(
             is_chat=isinstance(request, ChatRequest),
             model=request.model,
             prompts=tuple(prompts),
@@ -142,7 +147,17 @@ class Intake:
             request_id=request.request_id,
             priority=request.priority or 0,
             tools=tools,
+            grammar_field="" if structured is None else structured.field,
         )
+        return job if structured is None else job.with_grammar(structured.grammar)
+
+    def _response_job(self, request: ResponsesRequest, max_model_len: int) -> Job:
+        chat = request.to_chat()
+        try:
+            job = self.job(chat, max_model_len)
+        except RequestRejected as error:
+            raise renamed(error) from error
+        return replace(job, response=request, grammar_field=RENAMED.get(job.grammar_field, job.grammar_field))
 
     def check_model(self, model: str | None) -> None:
         """Raise UnknownModel unless the name is served here; None is whatever is served."""
@@ -158,7 +173,9 @@ class Intake:
             raise InvalidRequest("give either prompt or messages", "prompt")
         if request.messages is not None:
             plain = plain_messages(request.messages)
-            text = self._tokenizer.render_chat(plain, request.add_generation_prompt is not False)
+            text = self._tokenizer.render_chat(
+                told(self._tokenizer, plain, None)[0], request.add_generation_prompt is not False
+            )
             return self._encode(text, bool(request.add_special_tokens), max_model_len, "messages")
         assert request.prompt is not None
         return self._encode(request.prompt, request.add_special_tokens is not False, max_model_len, "prompt")

@@ -18,6 +18,7 @@ from msgspec import Meta
 from protocol.errors import InvalidRequest, RequestRejected
 from protocol.request import MAX_LOGPROBS
 from router.api import MAX_MESSAGES, ChatMessage, ChatRequest, GenerationFields, Scalar, Short, TextPart, Tokens
+from router.structured import JsonSchemaFormat, ResponseFormat
 from router.tools import (
     MAX_TOOLS,
     CalledFunction,
@@ -30,6 +31,12 @@ from router.tools import (
     ToolDefinition,
 )
 
+# Fields of chat, and what they are called in responses.
+RENAMED: Final = {
+    "messages": "input",
+    "response_format": "text.format",
+    "max_completion_tokens": "max_output_tokens",
+}
 LOGPROBS: Final = "message.output_text.logprobs"
 # May be asked for, and has nothing to show here.
 _EMPTY_INCLUDES: Final = frozenset({"reasoning.encrypted_content"})
@@ -126,6 +133,8 @@ class ResponsesRequest(GenerationFields, frozen=True, kw_only=True):
         """
         self._check()
         shared = {name: getattr(self, name) for name in GenerationFields.__struct_fields__}
+        if self.text is not None and self.text.format is not None:
+            shared["response_format"] = _response_format(self.text.format)
         tools = None if self.tools is None else [_tool(tool, i) for i, tool in enumerate(self.tools)]
         return ChatRequest(
             **shared,
@@ -154,9 +163,8 @@ class ResponsesRequest(GenerationFields, frozen=True, kw_only=True):
         for asked in self.include or ():
             if asked != LOGPROBS and asked not in _EMPTY_INCLUDES:
                 raise InvalidRequest(f"include: {asked!r} is not supported", "include")
-        form = self.text.format if self.text is not None else None
-        if form is not None and form.type != "text":
-            raise InvalidRequest(f"text.format: type {form.type!r} is not supported", "text")
+        if self.response_format is not None:
+            raise InvalidRequest("response_format: /v1/responses takes text.format", "response_format")
 
     def _messages(self) -> list[ChatMessage]:
         messages: list[ChatMessage] = []
@@ -171,8 +179,7 @@ class ResponsesRequest(GenerationFields, frozen=True, kw_only=True):
 
 def renamed(error: RequestRejected) -> RequestRejected:
     """Return an error about a chat as one about the response that it came from."""
-    names = {"messages": "input", "max_completion_tokens": "max_output_tokens"}
-    new = names.get(error.param or "")
+    new = RENAMED.get(error.param or "")
     if new is None or type(error).__init__ is not RequestRejected.__init__:
         return error
     return type(error)(str(error).replace(error.param or "", new), new)
@@ -216,6 +223,16 @@ def _text_parts(content: str | Iterable[InputPart] | None, where: str) -> str | 
             raise InvalidRequest(f"{where}: only parts of type input_text and output_text are supported", "input")
         parts.append(TextPart(type="text", text=part.text))
     return parts
+
+
+def _response_format(form: TextFormat) -> ResponseFormat:
+    """Return the form of the text as chat has it: there a schema lies one level deeper."""
+    if form.type != "json_schema":
+        return ResponseFormat(type=form.type)
+    if form.schema is None:
+        raise InvalidRequest("text.format.schema: this field is required", "text")
+    schema = JsonSchemaFormat(name=form.name or "response", schema=form.schema, strict=form.strict)
+    return ResponseFormat(type=form.type, json_schema=schema)
 
 
 def _tool(tool: ResponseTool, i: int) -> ToolDefinition:

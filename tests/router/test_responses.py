@@ -93,6 +93,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input"),
     ({"input": [{"type": "function_call", "name": "look"}]}, "input"),
     ({"input": [{"type": "function_call_output", "call_id": "c1", "output": "x"}]}, "input"),
+    ({"text": {"format": {"type": "xml"}}}, "text.format"),
+    ({"text": {"format": {"type": "json_schema", "name": "n"}}}, "text"),
+    ({"response_format": {"type": "json_object"}}, "response_format"),
     ({"max_output_tokens": 0}, "max_output_tokens"),
     ({"max_output_tokens": 5000}, "max_output_tokens"),
     ({"metadata": {"a": 5}}, "metadata"),
@@ -224,3 +227,12 @@ async def _fail_after_one_token(prefill: ScriptedWorker, decode: ScriptedWorker)
     await prefill.first(byte_id("a"))
     decode.emit(reserve, [byte_id("b")])
     decode.say(TransferFailed(transfer_id=reserve.transfer_id, reason="test"))
+
+
+def test_the_form_of_the_text_binds_the_answer(tokenizer: Tokenizer) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    form = {"type": "json_schema", "name": "n", "schema": schema, "strict": True}
+    body = json.dumps({"model": "m", "input": "hi", "text": {"format": form}}).encode()
+    job = Intake(tokenizer, ("m",)).job(parse(body, ResponsesRequest), 4096)
+    grammar = job.choices[0].sampling.grammar
+    assert grammar is not None and json.loads(grammar.text) == schema and job.grammar_field == "text.format"

@@ -11,12 +11,13 @@ import jsonschema
 import pytest
 
 from protocol.errors import RequestRejected
+from protocol.wire import Reserve
 from router.api import ChatRequest, parse
 from router.intake import Intake
 from router.tokenizer import Tokenizer
 from router.tools import tool_use
 from tests.router.tiny import byte_level_gguf
-from tests.router.workers import CHAT, LENGTH, Stage, answer, events
+from tests.router.workers import CHAT, LENGTH, Stage, answer, events, staged
 
 TOOL: dict[str, Any] = {
     "type": "function",
@@ -175,10 +176,21 @@ def accepts(schema: dict[str, Any] | None, text: str) -> bool:
         return False
 
 
-async def test_a_forced_call_streams_its_arguments(stage: Stage) -> None:
+async def test_a_forced_call_streams_its_arguments(tmp_path: Path) -> None:
+    path = byte_level_gguf(tmp_path / "tiny.gguf")
+    # The first grammar waits for a process that tries it, and these workers have no heart.
+    async with staged(Tokenizer(path), model_path=str(path), lease_ttl_s=60.0) as stage:
+        await _check_forced_call(stage)
+
+
+async def _check_forced_call(stage: Stage) -> None:
     prefill, decode = await stage.pair(max_model_len=4096, num_blocks=4000)
     body = {"model": "m", "messages": HI, "tools": [TOOL], "tool_choice": "required", "stream": True}
     asked = asyncio.create_task(stage.http.post(f"{stage.url}{CHAT}", json=body))
+    async with asyncio.timeout(60):
+        while not decode.heard(Reserve):
+            assert not asked.done(), await asked
+            await asyncio.sleep(0.01)
     reserve = await answer(prefill, decode, '[{"name": "look", "arguments": {"at": "x"}}]')
     assert reserve.sampling.grammar is not None
     chunks = (await events(await asked))[:-1]
