@@ -24,6 +24,7 @@ from aiohttp import web
 from router.config import RouterConfig
 from router.control import ControlServer
 from router.core import Core
+from router.doorway import ClientRunner
 from router.metrics import Metrics
 from router.server import HttpServer
 from router.switchboard import Switchboard
@@ -61,12 +62,14 @@ class Router:
             OSError: a port cannot be had.
         """
         config = self._config
-        self.control_port = await self._listen(
-            self._control.app(), config.control_host, config.control_port, config.control_fd
+        workers = web.AppRunner(
+            self._control.app(), access_log=None, handler_cancellation=True, shutdown_timeout=CLOSE_BUDGET_S
         )
+        self.control_port = await self._listen(workers, config.control_host, config.control_port, config.control_fd)
         app = self._http.app()
         app.on_response_prepare.append(self._close_after)
-        self.http_port = await self._listen(app, config.http_host, config.http_port, config.http_fd)
+        clients = ClientRunner(app, config.idle_s, CLOSE_BUDGET_S)
+        self.http_port = await self._listen(clients, config.http_host, config.http_port, config.http_fd)
         self.clock = asyncio.create_task(self._control.keep_time())
         log.info("clients on port %d, workers on port %d", self.http_port, self.control_port)
 
@@ -107,9 +110,7 @@ class Router:
         if self._is_handing_over:
             response.force_close()
 
-    async def _listen(self, app: web.Application, host: str, port: int, fd: int | None) -> int:
-        # A client that leaves must cancel its handler: that is what aborts its request.
-        runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=CLOSE_BUDGET_S)
+    async def _listen(self, runner: web.AppRunner, host: str, port: int, fd: int | None) -> int:
         await runner.setup()
         self._runners.append(runner)
         site: web.BaseSite

@@ -20,7 +20,10 @@ from router.members import WorkerKey
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """An accepted request. `first_token_due_s` is on the clock of the events; of a `readout` it is its readings'."""
+    """An accepted request; lower `priority` is placed earlier.
+
+    `first_token_due_s` is on the clock of the events; of a `readout` it is its readings'.
+    """
 
     request_id: int
     prompt: tuple[int, ...]
@@ -28,6 +31,7 @@ class Submission:
     first_token_due_s: float
     cache_salt: str = ""
     readout: Readout | None = None
+    priority: int = 0
 
     @property
     def needs_decode(self) -> bool:

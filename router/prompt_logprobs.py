@@ -15,12 +15,10 @@ from protocol.readout import ReadPrompt
 from protocol.request import TokenLogprobs
 from router.core import Core
 from router.intake import Job, PromptTokens
+from router.logprob_shapes import finite
 from router.reading import ReadQuery
 from router.responses import CompletionLogprobs
 from router.tokenizer import Tokenizer
-
-# JSON has no infinities; clients expect this number for a token that could not be.
-LOWEST_LOGPROB = -9999.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,9 +115,3 @@ def plain_token(tokenizer: Tokenizer, token_id: int) -> str:
         return data.decode()
     except UnicodeDecodeError:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
-
-
-def finite(value: float) -> float:
-    """Return a log probability that JSON can hold."""
-    # Also true for NaN, which compares with nothing.
-    return value if value > LOWEST_LOGPROB else LOWEST_LOGPROB

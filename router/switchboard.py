@@ -64,6 +64,8 @@ from router.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 
 OVERLOAD_RETRY_S = 1.0
+# No deadline is as far away as this: prefill takes the prompts of a lower priority number first, whatever is due.
+PRIORITY_STEP_S = 1e4
 
 
 Sink = Callable[[int, Piece], bool]
@@ -251,8 +253,15 @@ class Switchboard:
             session.request_ids.append(request_id)
             self._runs[request_id] = ChoiceRun(session, choice, ChoiceText(self._tokenizer, job.text), arrived_s)
             num_tokens = len(choice.prompt.token_ids)
-            due_s = arrived_s + self._due_s(num_tokens)
-            submission = Submission(request_id, choice.prompt.token_ids, choice.sampling, due_s, job.cache_salt)
+            due_s = arrived_s + self._due_s(num_tokens) + job.priority * PRIORITY_STEP_S
+            submission = Submission(
+                request_id,
+                choice.prompt.token_ids,
+                choice.sampling,
+                due_s,
+                job.cache_salt,
+                priority=job.priority,
+            )
             self._metrics.accepted(num_tokens)
             self.pace.begin(request_id, num_tokens, now_s)
             self._run(self.dispatch.submit(submission, now_s))

@@ -52,6 +52,11 @@ class Tokenizer:
         """Whether chat messages can be rendered."""
         return self._template is not None
 
+    @property
+    def knows_tools(self) -> bool:
+        """Whether the chat template can say which functions there are."""
+        return self._template is not None and self._template.knows_tools
+
     def to_json(self) -> str:
         """Return the vocabulary and rules as the text of a `tokenizer.json`."""
         text: str = self._tokenizer.to_str()
@@ -104,6 +109,7 @@ class Tokenizer:
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = True,
         variables: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
         """Return the prompt text of a conversation; encode it with `add_special=False`.
 
@@ -112,7 +118,7 @@ class Tokenizer:
         """
         if self._template is None:
             raise InvalidRequest("this model has no chat template: use /v1/completions", "messages")
-        return self._template.render(messages, add_generation_prompt, variables)
+        return self._template.render(messages, add_generation_prompt, variables, tools)
 
     def _compute_bytes(self, token_id: int) -> bytes:
         if token_id in self._added:
