@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import Any, Final, TypeVar
 
 import msgspec
 from aiohttp import web
@@ -21,6 +22,9 @@ from router.decisions import DecisionsRequest
 from router.scoring import RerankRequest, ScoreRequest
 from router.systemone import SystemOneRequest
 
+SCORE_PATHS: Final = ("/v1/score", "/score")
+RERANK_PATHS: Final = ("/v1/rerank", "/v2/rerank", "/rerank")
+
 Request = TypeVar("Request", bound=msgspec.Struct)
 
 
@@ -31,21 +35,29 @@ class ReadoutRoutes:
         core: admits and carries out.
         model: the name that is reported where a client gives none.
         read: reads the body of a request.
+        salt: makes of a client's salt one that no other tenant has.
     """
 
-    def __init__(self, core: Core, model: str, read: Callable[[web.Request], Awaitable[bytes]]) -> None:
+    def __init__(
+        self,
+        core: Core,
+        model: str,
+        read: Callable[[web.Request], Awaitable[bytes]],
+        salt: Callable[[web.Request, str], str],
+    ) -> None:
         self._core = core
         self._model = model
         self._read = read
+        self._salt = salt
 
     def add_to(self, app: web.Application) -> None:
         """Register the handlers; score and rerank under the other paths that their clients use, too."""
         post = app.router.add_post
         post("/v1/decisions", self._decisions)
         post("/v1/systemone", self._system_one)
-        for path in ("/v1/score", "/score"):
+        for path in SCORE_PATHS:
             post(path, self._score)
-        for path in ("/v1/rerank", "/v2/rerank", "/rerank"):
+        for path in RERANK_PATHS:
             post(path, self._rerank)
 
     async def _decisions(self, request: web.Request) -> web.Response:
@@ -82,7 +94,8 @@ class ReadoutRoutes:
 
         def make() -> Inquiry:
             parsed.append(parse(body, kind))
-            return ask(parsed[0])
+            inquiry = ask(parsed[0])
+            return replace(inquiry, cache_salt=self._salt(request, inquiry.cache_salt))
 
         verdict = await decide(self._core, len(body), make, arrived_s)
         return web.Response(body=shape(parsed[0], verdict), content_type="application/json")

@@ -89,7 +89,7 @@ class HttpServer:
         post("/v1/chat/completions", self._chat)
         post("/v1/completions", self._complete)
         post("/v1/responses", self._respond)
-        ReadoutRoutes(self._core, self._config.served_model_names[0], self._read).add_to(app)
+        ReadoutRoutes(self._core, self._config.served_model_names[0], self._read, self._salt).add_to(app)
         post("/tokenize", self._tokenize)
         post("/detokenize", self._detokenize)
         get("/v1/models", self._models)
@@ -176,8 +176,11 @@ class HttpServer:
             raise InvalidRequest("X-Resume-For: only streams with one choice can be resumed", "X-Resume-For")
         if claim is not None and (job.is_prompt_only or job.num_prompt_top is not None):
             raise InvalidRequest("X-Resume-For: streams that tell about their prompt cannot be resumed", "X-Resume-For")
-        salt = self._access.salt(request[TENANT], job.cache_salt)
+        salt = self._salt(request, job.cache_salt)
         return job if salt == job.cache_salt else replace(job, cache_salt=salt)
+
+    def _salt(self, request: web.Request, cache_salt: str) -> str:
+        return self._access.salt(request[TENANT], cache_salt)
 
     async def _prompt_alone(self, request: web.Request, shape: Shape, job: Job) -> web.StreamResponse:
         """Answer where nothing is generated: a prompt echoed, or told about."""
