@@ -16,11 +16,13 @@ import logging
 import signal
 import socket
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
 
 from aiohttp import web
 
+from protocol.local_channel import SCHEME, listen
 from router.config import RouterConfig
 from router.control import ControlServer
 from router.core import Core
@@ -36,7 +38,7 @@ BACKLOG: Final = 1024
 
 
 class Router:
-    """One router on the running event loop: `start`, `drain`, `close`.
+    """One router on the running event loop: `start` (or `start_in_process`), `drain`, `close`.
 
     Args:
         tokenizer: of the model that is served.
@@ -53,6 +55,7 @@ class Router:
         self._is_handing_over = False
         self.clock: asyncio.Task[None] | None = None
         self.http_port = self.control_port = 0
+        self._unlisten: Callable[[], None] | None = None
 
     async def start(self) -> None:
         """Open both ports.
@@ -69,6 +72,13 @@ class Router:
         self.http_port = await self._listen(app, config.http_host, config.http_port, config.http_fd)
         self.clock = asyncio.create_task(self._control.keep_time())
         log.info("clients on port %d, workers on port %d", self.http_port, self.control_port)
+
+    def start_in_process(self) -> str:
+        """Open no port: workers of this process attach under the URL returned, and requests come through `core`."""
+        url = f"{SCHEME}{self._control.router_id}"
+        self._unlisten = listen(url, self._control.attach)
+        self.clock = asyncio.create_task(self._control.keep_time())
+        return url
 
     async def drain(self, has_successor: bool = False) -> None:
         """Take nothing new and wait for what runs, at most `drain_s`. Cancel-safe.
@@ -96,6 +106,9 @@ class Router:
         await self.switchboard.close()
         for runner in self._runners:
             await runner.cleanup()
+        if self._unlisten is not None:
+            self._unlisten()
+            await self._control.detach()
         if self.clock is not None:
             self.clock.cancel()
             with suppress(asyncio.CancelledError):

@@ -18,7 +18,7 @@ import logging
 from collections import deque
 from collections.abc import Callable
 
-from protocol.channel import Channel
+from protocol.channel import Conversation
 from protocol.errors import NotReady, Overloaded, RequestFailed
 from protocol.timeline import Timeline
 from protocol.wire import (
@@ -172,7 +172,7 @@ class Switchboard:
         self._runs: dict[int, ChoiceRun] = {}
         self._todo: deque[Instruction] = deque()
         self._is_running = False
-        self._channels: dict[WorkerKey, Channel] = {}
+        self._channels: dict[WorkerKey, Conversation] = {}
         self.has_started = asyncio.Event()
         self.idle = asyncio.Event()
         self.idle.set()
@@ -247,7 +247,7 @@ class Switchboard:
 
     # --- for workers ---
 
-    def register(self, registration: Register, channel: Channel) -> Worker | Refusal:
+    def register(self, registration: Register, channel: Conversation) -> Worker | Refusal:
         """Take a worker in, or say why not."""
         now_s = self._clock()
         key = WorkerKey(registration.worker_id, registration.instance)
@@ -309,7 +309,7 @@ class Switchboard:
         if worker.role is Role.PREFILL:
             self._announce_members()
 
-    def owns(self, key: WorkerKey, channel: Channel) -> bool:
+    def owns(self, key: WorkerKey, channel: Conversation) -> bool:
         """Whether this connection is the present one of that instance."""
         return self._channels.get(key) is channel
 
