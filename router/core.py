@@ -15,6 +15,7 @@ from typing import Final, TypeVar
 from protocol.errors import NotReady
 from router.config import RouterConfig
 from router.intake import Intake, Job
+from router.open_requests import OpenRequests
 from router.switchboard import Session, Switchboard
 from router.tokenizer import Tokenizer
 
@@ -36,6 +37,7 @@ class Core:
         self.tokenizer = tokenizer
         self.switchboard = switchboard
         self.intake = Intake(tokenizer, config.served_model_names)
+        self.open_requests = OpenRequests()
         self._threads = ThreadPoolExecutor(NUM_TEXT_THREADS, thread_name_prefix="text")
 
     async def started(self) -> None:

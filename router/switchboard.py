@@ -81,6 +81,11 @@ class Session:
         self._sink: Sink | None = None
         self._seen_prompts: set[int] = set()
 
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing will be read of it any more."""
+        return self.num_unfinished == 0 and not self._events
+
     async def events(self, sink: Sink | None = None) -> list[tuple[int, Piece]]:
         """Return what has happened since the last call, at least one event; empty when every choice is finished.
 
