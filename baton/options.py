@@ -307,6 +307,11 @@ def _router() -> tuple[Option, ...]:
             fills=((RouterConfig, "http_port"),), help="Port that clients connect to; 0 takes any free one.",
         ),
         Option(
+            name="grpc-port", group=group, roles=roles, parse=whole, bounds=(0, 65535),
+            fills=((RouterConfig, "grpc_port"),), default_text="no gRPC",
+            help="Port that gRPC clients connect to, at --host; 0 takes any free one. Needs the extra grpc.",
+        ),
+        Option(
             name="control-host", group=group, roles=roles, parse=text, fills=((RouterConfig, "control_host"),),
             help="Address that workers connect to.",
         ),
