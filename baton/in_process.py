@@ -23,7 +23,7 @@ from typing import Any, Final
 
 from baton.colocated import ColocatedConfig, ColocatedWorkers
 from baton.config import cache_dir, engine_config, environment, resolve_model
-from baton.options import Option, options_of
+from baton.options import in_process_options
 from baton.settings import Settings, merge
 from decode.config import DecodeConfig
 from engine.compute_loop import ComputeLoop
@@ -43,8 +43,6 @@ FOREVER_S: Final = 1e9
 DRAIN_S: Final = 5.0
 # Its event loop may be held up by what else runs there: that is no sign of anybody's death.
 LEASE_S: Final = 3600.0
-_GROUPS: Final = frozenset({"model", "CPU", "KV cache", "scheduling"})
-_ROUTER_KEYS: Final = frozenset({"served_model_name", "chat_template", "max_num_requests", "max_placements"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +52,6 @@ class InProcessConfig:
     router: RouterConfig
     workers: ColocatedConfig
     cache_dir: Path
-
-
-def accepted_options() -> dict[str, Option]:
-    """Return the options that make sense inside a process, by the names of their keyword arguments."""
-    ours = {option.key: option for option in options_of("colocated") if option.group in _GROUPS}
-    return ours | {option.key: option for option in options_of("router") if option.key in _ROUTER_KEYS}
 
 
 def configure(model: str, options: Mapping[str, Any]) -> InProcessConfig:
@@ -73,7 +65,7 @@ def configure(model: str, options: Mapping[str, Any]) -> InProcessConfig:
         ConfigError: an option is unknown or its value cannot be used.
         ModelError: there is no such model.
     """
-    accepted = accepted_options()
+    accepted = in_process_options()
     for name in options:
         if name not in accepted:
             close = difflib.get_close_matches(name, accepted, n=1)
