@@ -28,6 +28,8 @@ MAX_CUSTOM_ID_CHARS: Final = 512
 FIRST_RETRY_S: Final = 0.5
 MAX_RETRY_S: Final = 30.0
 DUPLICATE: Final = "duplicate_custom_id"
+# Of every line of OUT: what begins otherwise is not ours to cut off.
+BEGINNING: Final = b'{"id":"batch_req_'
 BUSY_STATUSES: Final = frozenset({429, 503})
 
 
@@ -168,7 +170,7 @@ def read_done(path: Path, resume: bool) -> Done:
         with path.open("r+b") as file:
             end = 0
             for data in file:
-                if not data.endswith(b"\n"):
+                if not data.endswith(b"\n") and data[: len(BEGINNING)] == BEGINNING[: len(data)]:
                     file.truncate(end)
                     break
                 end += len(data)
