@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import time
@@ -157,8 +158,18 @@ def colocated_configs(settings: Settings, model: ResolvedModel) -> tuple[Prefill
     )
 
 
+def _check_grpc(settings: Settings) -> None:
+    names = ("grpc", "grpc_health", "grpc_reflection")
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if settings["grpc_port"] is not None and missing:
+        raise ConfigError(
+            f"grpc-port: needs the extra: pip install 'baton-serve[grpc]' (missing: {', '.join(missing)})"
+        )
+
+
 def serve_config(settings: Settings) -> ServeConfig:
     """Compose and check what `baton serve` starts, before anything starts."""
+    _check_grpc(settings)
     if settings["mode"] == "colocated":
         _check_colocated(settings)
         cores = None

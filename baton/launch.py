@@ -150,7 +150,7 @@ def child_specs(
     fds = (sockets.http.fileno(), sockets.control.fileno())
     shared: dict[str, Any] = {"secret_file": secret_path}
     names = served_names(settings, model)
-    router = shared | {"served_model_name": names, "http_fd": fds[0], "control_fd": fds[1]}
+    router = shared | {"served_model_name": names, "http_fd": fds[0], "control_fd": fds[1]} | _grpc_option(settings)
     router |= {"api_key": (), "api_key_file": key_paths}
     # SIGTERM means to a router with inherited sockets that a successor takes over; here everything ends.
     command = child_command(settings, "router", model, router)
@@ -175,6 +175,16 @@ def served_names(settings: Settings, model: ResolvedModel) -> tuple[str, ...]:
     """Give the names that clients may ask for, the reported one first."""
     names: tuple[str, ...] = settings["served_model_name"] or (model.name,)
     return names
+
+
+def _grpc_option(settings: Settings) -> dict[str, Any]:
+    """Find out now whether the port for gRPC can be had, and which one 0 is; the router binds it itself."""
+    if settings["grpc_port"] is None:
+        return {}
+    with contextlib.closing(_bind_one("grpc-port", settings["host"], settings["grpc_port"])) as probe:
+        port = probe.getsockname()[1]
+    print(f"gRPC: {settings['host']}:{port}", file=sys.stderr, flush=True)
+    return {"grpc_port": port}
 
 
 def _memory_option(config: ServeConfig) -> dict[str, Any]:

@@ -312,6 +312,11 @@ def _router() -> tuple[Option, ...]:
             fills=((RouterConfig, "http_port"),), help="Port that clients connect to; 0 takes any free one.",
         ),
         Option(
+            name="grpc-port", group=group, roles=roles, parse=whole, bounds=(0, 65535),
+            fills=((RouterConfig, "grpc_port"),), default_text="no gRPC",
+            help="Port that gRPC clients connect to, at --host; 0 takes any free one. Needs the extra grpc.",
+        ),
+        Option(
             name="control-host", group=group, roles=roles, parse=text, fills=((RouterConfig, "control_host"),),
             help="Address that workers connect to.",
         ),
@@ -441,3 +446,11 @@ BY_KEY: dict[str, Option] = {option.key: option for option in OPTIONS}
 def options_of(role: str) -> tuple[Option, ...]:
     """Give the options that a command takes."""
     return tuple(option for option in OPTIONS if role in option.roles)
+
+
+def in_process_options() -> dict[str, Option]:
+    """Give the options that make sense for an engine in the caller's process, by the names of its keyword arguments."""
+    groups = {"model", "CPU", "KV cache", "scheduling"}
+    ours = {option.key: option for option in options_of("colocated") if option.group in groups}
+    of_router = ("served_model_name", "chat_template", "max_num_requests", "max_placements")
+    return ours | {option.key: option for option in options_of("router") if option.key in of_router}

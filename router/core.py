@@ -19,13 +19,13 @@ from protocol.errors import GrammarError, InvalidRequest, NotReady, Overloaded
 from router.config import RouterConfig
 from router.grammar_checks import GrammarChecks
 from router.intake import Intake, Job
+from router.open_requests import OpenRequests
 from router.reading import ReadQuery, ReadSession
 from router.switchboard import OVERLOAD_RETRY_S, Session, Switchboard
 from router.tokenizer import Tokenizer
 
 LONG_TEXT_BYTES: Final = 20_000
 NUM_TEXT_THREADS: Final = 2
-MAX_IN_THREADS: Final = 64
 
 Result = TypeVar("Result")
 
@@ -44,6 +44,8 @@ class Core:
         self.intake = Intake(tokenizer, config.served_model_names)
         self.grammars = GrammarChecks(config.model_path)
         self._num_admitting = self._num_in_threads = 0
+        self._max_in_threads = config.max_num_requests
+        self.open_requests = OpenRequests()
         self._threads = ThreadPoolExecutor(NUM_TEXT_THREADS, thread_name_prefix="text")
 
     async def started(self) -> None:
@@ -120,8 +122,8 @@ class Core:
         """
         if num_bytes <= LONG_TEXT_BYTES:
             return work()
-        if self._num_in_threads >= MAX_IN_THREADS:
-            raise Overloaded(f"{MAX_IN_THREADS} long texts wait to be tokenised", OVERLOAD_RETRY_S)
+        if self._num_in_threads >= self._max_in_threads:
+            raise Overloaded(f"{self._num_in_threads} long texts wait to be tokenised", OVERLOAD_RETRY_S)
         self._num_in_threads += 1
         future = asyncio.get_running_loop().run_in_executor(self._threads, work)
         # A thread works on for a client that has left, so its place is free when the thread is.

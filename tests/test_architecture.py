@@ -224,11 +224,12 @@ def oversized(tree: Tree) -> list[str]:
 
 
 def busy_package_files(tree: Tree) -> list[str]:
-    """Find `__init__.py` files that hold anything but one docstring."""
+    """Find `__init__.py` files that hold anything but one docstring; baton's hands out the public names, lazily."""
     return [
         f"{module.path}: holds more than a docstring, or none"
         for module in tree.modules.values()
         if module.path.endswith("/__init__.py")
+        and module.path != "baton/__init__.py"
         and (len(module.syntax.body) != 1 or ast.get_docstring(module.syntax) is None)
     ]
 
@@ -280,7 +281,7 @@ def test_every_folder_of_code_is_on_a_floor() -> None:
 
 
 def test_the_router_starts_without_torch() -> None:
-    code = "import sys, baton.cli, router.app, model.source; sys.exit('torch' in sys.modules)"
+    code = "import sys, baton, baton.cli, router.app, model.source; sys.exit('torch' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr or "torch was imported"
