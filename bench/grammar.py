@@ -12,13 +12,13 @@ Costs are CPU time of one thread, so that they stand on a busy machine too, less
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
@@ -193,6 +193,15 @@ def measure_steps(name: str, model: LoadedModel, vocabulary: TokenBytes) -> None
         )
 
 
+def _is_usable(name: str) -> bool:
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        print(f"{name}: not measured ({error})")
+        return False
+    return True
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m bench.grammar", description=__doc__.splitlines()[0])
@@ -202,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     path = resolve(given.model, given.cache_dir, print).path
     vocabulary = TokenBytes.of_model(path)
-    installed = [name for name in BACKENDS if find_spec(name) is not None]
+    installed = [name for name in BACKENDS if _is_usable(name)]
     for name in installed:
         measure(name, vocabulary, len(vocabulary.tokens))
     if not given.no_steps:
