@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -82,8 +82,8 @@ def load(config: EngineConfig, say: Callable[[str], None], cache_dir: Path) -> L
     """
     torch.set_num_threads(config.num_threads)
     device = _device(config.device)
-    if config.grammar_backend == "xgrammar" and find_spec("xgrammar") is None:
-        raise ConfigError("grammar_backend: xgrammar is not installed here; llguidance comes with Baton")
+    if config.grammar_backend == "xgrammar":
+        _require_xgrammar()
     try:
         files = resolve(config.model, cache_dir, say)
         decoder = load_model(files, _options(config, str(device)), _progress_lines(say))
@@ -164,6 +164,14 @@ def _max_model_len(config: EngineConfig, model_tokens: int, num_blocks: int, say
             raise ConfigError(f"max_model_len: {wanted} tokens do not fit the KV pool of {num_blocks} blocks")
         say(f"context limited to {pool_tokens} tokens by the KV pool of {num_blocks} blocks")
     return min(max_model_len, pool_tokens)
+
+
+def _require_xgrammar() -> None:
+    """Raise ConfigError unless the library is whole: it may be there without what it needs."""
+    try:
+        importlib.import_module("xgrammar")
+    except ImportError as error:
+        raise ConfigError(f"grammar_backend: xgrammar cannot be used here ({error}); llguidance comes along") from error
 
 
 def _device(name: str) -> torch.device:
