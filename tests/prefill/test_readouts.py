@@ -15,11 +15,13 @@ from engine.config import EngineConfig
 from engine.loading import LoadedModel, load
 from engine.placement import refusal_of, sequence_of
 from engine.runner import BatchRunner, DeviceRunner, Runner
+from engine.sequence import Sequence
 from model.batch import ForwardBatch
 from model.source import resolve
 from model.torch_decoder import TorchDecoder
 from prefill.scheduler import MAX_LOGIT_ROWS, PrefillJob, PrefillScheduler
 from prefill.stepper import AbortJob, FirstTokenReady, PrefillEmission, PrefillStepper, ReadingsReady, Submit
+from protocol.block_hash import block_hashes, root_hash
 from protocol.readout import Pooling, ReadEmbedding, ReadLabels, Readout, ReadPrompt
 from protocol.request import SamplingParams
 from protocol.wire import Prefill
@@ -225,10 +227,7 @@ def _job(transfer_id: int, num_tokens: int, readout: Readout | None, first: int 
     return PrefillJob(_sequence(message), None, 0.0, float(transfer_id))
 
 
-def _sequence(message: Prefill):  # type: ignore[no-untyped-def]
-    from engine.sequence import Sequence
-    from protocol.block_hash import block_hashes, root_hash
-
+def _sequence(message: Prefill) -> Sequence:
     root = root_hash("model")
     return Sequence(
         request_id=message.request_id,
