@@ -121,20 +121,19 @@ async def test_responses_whole_and_by_the_helper_say_the_same(client: openai.Asy
 
 
 async def test_a_response_calls_and_is_told_the_result(client: openai.AsyncOpenAI) -> None:
+    create: Any = client.responses.create
     asked: dict[str, Any] = {"model": MODEL, "tools": [FLAT_TOOL], "temperature": 0, "max_output_tokens": 60}
     one = {"type": "function", "name": "forecast"}
-    first = await client.responses.create(**asked, input=ASKED, tool_choice=one)
+    first = await create(**asked, input=ASKED, tool_choice=one)
     [call] = first.output
     assert call.type == "function_call" and call.name == "forecast"
     check_arguments(call.arguments)
     result = {"type": "function_call_output", "call_id": call.call_id, "output": "sunny"}
-    second = await client.responses.create(
+    second = await create(
         **asked, input=[*ASKED, *(item.to_dict() for item in first.output), result], tool_choice="none"
     )
     assert second.output_text
-    events = [
-        event async for event in await client.responses.create(**asked, input=ASKED, tool_choice=one, stream=True)
-    ]
+    events = [event async for event in await create(**asked, input=ASKED, tool_choice=one, stream=True)]
     fragments = [event.delta for event in events if event.type == "response.function_call_arguments.delta"]
     assert "".join(fragments) == call.arguments and len(fragments) > 1
 
