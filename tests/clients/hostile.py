@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import io
 import json
 import random
 import subprocess
@@ -120,7 +121,9 @@ class Siege:
         headers = {"Content-Type": "application/json", **sent.headers}
         started_s = time.perf_counter()
         try:
-            async with self._http.post(self._server.url + sent.path, data=sent.data, headers=headers) as response:
+            async with self._http.post(
+                self._server.url + sent.path, data=io.BytesIO(sent.data), headers=headers
+            ) as response:
                 body = await response.read()
         except aiohttp.ClientConnectionError as error:
             # What is refused while it is still sent may be cut after the answer.
