@@ -166,6 +166,9 @@ class HttpServer:
         job = self._intake.job(parsed, max_model_len)
         if claim is not None and not (job.is_stream and len(job.choices) == 1):
             raise InvalidRequest("X-Resume-For: only streams with one choice can be resumed", "X-Resume-For")
+        if claim is not None and (job.tools is not None or job.response is not None):
+            # One token may be several events there, and who has some of them could not say so.
+            raise InvalidRequest("X-Resume-For: only streams of plain text can be resumed", "X-Resume-For")
         salt = self._access.salt(request[TENANT], job.cache_salt)
         return job if salt == job.cache_salt else replace(job, cache_salt=salt)
 
