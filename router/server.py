@@ -176,6 +176,9 @@ class HttpServer:
             raise InvalidRequest("X-Resume-For: only streams with one choice can be resumed", "X-Resume-For")
         if claim is not None and (job.is_prompt_only or job.num_prompt_top is not None):
             raise InvalidRequest("X-Resume-For: streams that tell about their prompt cannot be resumed", "X-Resume-For")
+        if claim is not None and (job.tools is not None or job.response is not None):
+            # One token may be several events there, and who has some of them could not say so.
+            raise InvalidRequest("X-Resume-For: only streams of plain text can be resumed", "X-Resume-For")
         salt = self._salt(request, job.cache_salt)
         return job if salt == job.cache_salt else replace(job, cache_salt=salt)
 

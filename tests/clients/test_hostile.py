@@ -1,0 +1,28 @@
+"""The small version of `python -m tests.clients.hostile`: what must not happen, without a clock."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.clients.bodies import corpus, damaged
+from tests.clients.hostile import MAX_RSS_GROWTH_BYTES, besiege
+from tests.e2e.server import serving
+
+
+@pytest.mark.e2e
+@pytest.mark.model
+async def test_hostile_bodies_are_refused_and_nobody_else_notices(cache_dir: Path, tmp_path: Path) -> None:
+    with serving("smollm2", tmp_path, cache_dir, "--mode", "colocated") as server:
+        report = await besiege(server, number=300, seed=1)
+    assert report.wrong == []
+    assert report.num_refused >= 300 and report.num_streams > 0
+    assert max(report.rss_growth_bytes.values()) < MAX_RSS_GROWTH_BYTES
+
+
+def test_damage_follows_from_its_seed() -> None:
+    one, two = (list(map(damaged, [random.Random(3)] * 50)) for _ in range(2))
+    assert one == two and len({sent.data for sent in one}) > 40
+    assert len({sent.name for sent in corpus()}) > 90
