@@ -14,13 +14,15 @@ from protocol.errors import RequestFailed, RequestRejected
 from router.api import ChatRequest, CompletionRequest, parse
 from router.core import Core
 from router.intake import Job
+from router.response_request import ResponsesRequest
+from router.response_shape import shape_of
 from router.responses import body_of_error, encode_json
-from router.stream import AnswerShape
 from router.text import Piece
 
-_KINDS: Final[dict[str, type[ChatRequest] | type[CompletionRequest]]] = {
+_KINDS: Final[dict[str, type[ChatRequest] | type[CompletionRequest] | type[ResponsesRequest]]] = {
     "/v1/chat/completions": ChatRequest,
     "/v1/completions": CompletionRequest,
+    "/v1/responses": ResponsesRequest,
 }
 
 
@@ -39,7 +41,7 @@ class EngineTarget:
         body = encode_json(line.body)
 
         def job_of(max_model_len: int) -> Job:
-            parsed: ChatRequest | CompletionRequest = parse(body, kind)
+            parsed: ChatRequest | CompletionRequest | ResponsesRequest = parse(body, kind)
             return core.intake.job(parsed, max_model_len)
 
         try:
@@ -62,6 +64,6 @@ async def _whole(core: Core, job: Job, arrived_s: float, request_id: str) -> byt
                 choices[index].add(piece)
     finally:
         session.close()
-    shape = AnswerShape(job, core.tokenizer, request_id)
+    shape = shape_of(job, core.tokenizer, request_id)
     shape.num_cached_tokens = session.num_cached_tokens
     return shape.answer(choices)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from engine.config import EngineConfig, ServiceConfig
 from kvtransfer.config import TransferConfig
 from prefill.config import PrefillConfig
 from protocol.errors import ConfigError
+from router.access import Access
 from router.config import RouterConfig
 
 MIN_SECRET_BYTES = 16
@@ -189,7 +191,8 @@ def serve_config(settings: Settings) -> ServeConfig:
     cache = cache_dir(settings)
     PrefillConfig(engine, service, transfer, cache, **settings.fill(PrefillConfig))
     DecodeConfig(engine, service, transfer, cache, **settings.fill(DecodeConfig))
-    RouterConfig(settings.model, ("check",), service.secret, **settings.fill(RouterConfig))
+    router = RouterConfig(settings.model, ("check",), service.secret, **settings.fill(RouterConfig))
+    Access(router.api_keys, router.api_key_files, time.monotonic)
     if settings["chat_template"] is not None:
         _read_text("chat-template", settings["chat_template"])
     if settings["secret_file"] is not None:

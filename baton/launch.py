@@ -2,7 +2,7 @@
 
 1. Bind both listening sockets, so that a busy port is told before anything is fetched or started.
 2. Find the model once; the children get its path.
-3. Make a private run folder with the cluster secret, unless a secret file was given.
+3. Make private folders with the cluster secret, unless a secret file was given, and with API keys, if some were.
 4. Start the children. Workers are forked by a nursery, which imports torch once for all of them and never again. The
    router inherits the sockets, which stay open here: clients that connect while it is being restarted wait in the queue
    instead of being refused.
@@ -79,8 +79,8 @@ def serve(config: ServeConfig) -> int:
     sockets = bind(config.settings)
     with contextlib.closing(sockets):
         model = resolve_model(config.settings, lambda line: print(line, file=sys.stderr, flush=True))
-        with secret_file(config.settings) as secret_path:
-            specs = child_specs(config, model, sockets, secret_path)
+        with secret_file(config.settings) as secret_path, key_files(config.settings) as key_paths:
+            specs = child_specs(config, model, sockets, secret_path, key_paths)
             return asyncio.run(supervise(config, specs, sockets, served_names(config.settings, model)[0]))
 
 
@@ -125,13 +125,33 @@ def secret_file(settings: Settings) -> Iterator[str]:
         yield str(path)
 
 
-def child_specs(config: ServeConfig, model: ResolvedModel, sockets: Sockets, secret_path: str) -> tuple[ChildSpec, ...]:
+@contextlib.contextmanager
+def key_files(settings: Settings) -> Iterator[tuple[str, ...]]:
+    """Give the files with API keys: the user's, and a private one with the keys that were given as such.
+
+    No key appears on the command line of a child, where everybody on this machine could read it.
+    """
+    given: tuple[str, ...] = settings["api_key_file"]
+    if not settings["api_key"]:
+        yield given
+        return
+    with tempfile.TemporaryDirectory(prefix="baton-") as folder:  # made with mode 0700
+        path = Path(folder) / "api-keys"
+        path.touch(mode=0o600)
+        path.write_text("".join(f"{key}\n" for key in settings["api_key"]))
+        yield (*given, str(path))
+
+
+def child_specs(
+    config: ServeConfig, model: ResolvedModel, sockets: Sockets, secret_path: str, key_paths: tuple[str, ...] = ()
+) -> tuple[ChildSpec, ...]:
     """Describe every child: the router and the workers, each with the options that were given and apply to it."""
     settings = config.settings
     fds = (sockets.http.fileno(), sockets.control.fileno())
     shared: dict[str, Any] = {"secret_file": secret_path}
     names = served_names(settings, model)
     router = shared | {"served_model_name": names, "http_fd": fds[0], "control_fd": fds[1]} | _grpc_option(settings)
+    router |= {"api_key": (), "api_key_file": key_paths}
     # SIGTERM means to a router with inherited sockets that a successor takes over; here everything ends.
     command = child_command(settings, "router", model, router)
     specs = [ChildSpec("router", command, ROUTER_STAGE, fds, stop_signal=signal.SIGINT)]

@@ -142,6 +142,11 @@ def _served_model() -> tuple[Option, ...]:
             help="On a GPU launch decode steps kernel by kernel, without CUDA graphs; slower, for debugging.",
         ),
         Option(
+            name="grammar-backend", group=group, roles=cpu_roles, parse=text,
+            fills=((EngineConfig, "grammar_backend"),),
+            help="Library behind structured output; auto takes llguidance. xgrammar must be installed beside Baton.",
+        ),
+        Option(
             name="device", group=group, roles=cpu_roles, parse=text, fills=((EngineConfig, "device"),),
             help="cpu, cuda, or auto: a GPU where torch sees one.",
         ),
@@ -333,6 +338,22 @@ def _router() -> tuple[Option, ...]:
         limit("startup-wait-s", number, "s", "How long after a router's start requests wait for its first workers."),
         limit("client-stall-s", number, "s", "A client that reads nothing of its stream for this long is cut."),
         limit("max-resume-s", number, "s", "Longest time that a stream is kept for a client that lost its connection."),
+        limit("request-read-s", number, "s", "How long a client may take to send a body; then the answer is 408."),
+        limit("idle-s", number, "s", "A connection without a request, or with half of its head, is closed after it."),
+        Option(
+            name="api-key", group=group, roles=roles, parse=text, is_list=True, fills=((RouterConfig, "api_keys"),),
+            default_text="everybody may ask", help="Key that clients must show; may be repeated.",
+        ),
+        Option(
+            name="api-key-file", group=group, roles=roles, parse=text, unit="path", is_list=True,
+            fills=((RouterConfig, "api_key_files"),), default_text="none",
+            help="File with a key, and maybe the tenant it belongs to, a line; read again when it changes.",
+        ),
+        Option(
+            name="allowed-origins", group=group, roles=roles, parse=text, is_list=True,
+            fills=((RouterConfig, "allowed_origins"),), default_text="none",
+            help="Origin whose pages may ask from a browser, like https://example.com, or *; may be repeated.",
+        ),
         Option(
             name="http-fd", group=group, roles=ROUTER, parse=whole, fills=((RouterConfig, "http_fd"),),
             is_hidden=True, help="Listening socket inherited for clients.",

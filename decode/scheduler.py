@@ -28,6 +28,7 @@ from enum import Enum, auto
 from decode.promises import Promises
 from engine.batch import BatchItem
 from engine.block_pool import BlockPool
+from engine.grammar import finish_reason
 from engine.sampler import Sampled
 from engine.sequence import Sequence, num_blocks_for
 from protocol.block_hash import BlockHash, block_hashes, next_block_hash
@@ -112,6 +113,7 @@ class DecodeScheduler:
         self._slots: dict[int, _Slot] = {}
         self._running: list[_Slot] = []
         self._leaving: dict[int, _Slot] = {}
+        self._failed: list[tuple[int, str]] = []
         self.num_preemptions = 0
         self.num_replayed_tokens = 0
 
@@ -124,6 +126,11 @@ class DecodeScheduler:
     def num_running(self) -> int:
         """Sequences that take part in the next step."""
         return len(self._running)
+
+    @property
+    def needs_last_tokens(self) -> bool:
+        """Whether a running sequence has a grammar: what it allows depends on the token before, so on the host."""
+        return any(slot.sequence.grammar is not None for slot in self._running)
 
     @property
     def num_kept_back(self) -> int:
@@ -215,6 +222,10 @@ class DecodeScheduler:
         seq = slot.sequence
         if len(seq.tokens) == seq.num_prefill_tokens:
             seq.tokens.append(first_token_id)
+            if seq.grammar is not None:
+                seq.grammar.accept(first_token_id)
+                if self._has_failed(seq):
+                    return
         num_full = seq.num_prefill_tokens // self._block_size
         for block_id, name in zip(seq.block_ids[:num_full], seq.names, strict=False):
             self._pool.name(block_id, name)
@@ -259,10 +270,25 @@ class DecodeScheduler:
                 continue
             assert result.token_id >= 0, "the device ended a sequence that has not ended"
             seq.tokens.append(result.token_id)
-            rows.append(self._row(slot, result))
+            row = self._row(slot, result)
+            if self._has_failed(seq):
+                continue
+            rows.append(row)
             if rows[-1].finish_reason is not None:
                 self.drop(transfer_id)
         return rows
+
+    def take_failed(self) -> list[tuple[int, str]]:
+        """Return the sequences that were dropped since the last call because their grammar failed, and why."""
+        failed, self._failed = self._failed, []
+        return failed
+
+    def _has_failed(self, seq: Sequence) -> bool:
+        if seq.grammar is None or seq.grammar.failure is None:
+            return False
+        self._failed.append((seq.transfer_id, seq.grammar.failure))
+        self.drop(seq.transfer_id)
+        return True
 
     def drop(self, transfer_id: int) -> None:
         """Forget a sequence and release its blocks as soon as no step in flight has it; idempotent.
@@ -358,7 +384,8 @@ class DecodeScheduler:
 
     def _row(self, slot: _Slot, result: Sampled) -> TokenRow:
         seq = slot.sequence
-        reason: FinishReason | None = seq.sampling.finish_reason(
-            result.token_id, seq.num_output_tokens, self._max_model_len - len(seq.tokens)
+        room_tokens = self._max_model_len - len(seq.tokens)
+        reason: FinishReason | None = finish_reason(
+            seq.sampling, seq.grammar, result.token_id, seq.num_output_tokens, room_tokens
         )
         return TokenRow(seq.request_id, seq.epoch, seq.num_output_tokens - 1, result.token_id, reason, result.logprobs)

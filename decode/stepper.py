@@ -4,7 +4,8 @@
 lets the sequence take part from the next step on. 4. Each step yields one `StepRows` with every new token.
 5. A sequence that finishes, is preempted (`GaveWay`) or is dropped (`DropSequence`) leaves between two steps.
 
-As many steps are launched ahead as the runner allows; the oldest is collected when it is done.
+As many steps are launched ahead as the runner allows; the oldest is collected when it is done. While a sequence with a
+grammar runs, a step waits for the tokens of the one before. A sequence whose grammar fails is given up (`Abandoned`).
 
 Where prefill works in the same pool, 1. to 3. are: a slot is held, the prefill stepper asks for it and hands the blocks
 over itself (`engine/local_handoff.py`), or says that it will not (`Abandoned`).
@@ -78,7 +79,9 @@ class GaveWay:
 
 @dataclass(frozen=True, slots=True)
 class Abandoned:
-    """Emission: the prefill stepper beside this one gave up a prompt that had a slot; `failure` None: all is well."""
+    """Emission: a sequence is held no more: the prefill stepper beside this one gave up its prompt, or its grammar
+    failed; `failure` None: all is well.
+    """
 
     transfer_id: int
     failure: str | None
@@ -161,6 +164,7 @@ class DecodeStepper:
             self._reserve(event)
         elif isinstance(event, JoinBatch):
             self._scheduler.commit(event.transfer_id, event.first_token_id)
+            self._give_up_failed()
         else:
             self._scheduler.drop(event.transfer_id)
         self._publish()
@@ -188,6 +192,7 @@ class DecodeStepper:
     def take(self, transfer_id: int, block_ids: Seq[int], first_token_id: int) -> None:
         """Hold a computed prompt's blocks and let its sequence run; nothing happens if its slot is gone."""
         self.counters.num_taken += self._scheduler.take(transfer_id, block_ids, first_token_id)
+        self._give_up_failed()
         self._publish()
 
     def abandon(self, transfer_id: int, failure: str | None) -> None:
@@ -202,7 +207,8 @@ class DecodeStepper:
     def step(self) -> bool:
         """Launch what may be launched, collect what is done; False if neither."""
         launched = False
-        while len(self._flights) < self._runner.depth and self._launch():
+        depth = 1 if self._scheduler.needs_last_tokens else self._runner.depth
+        while len(self._flights) < depth and self._launch():
             launched = True
         if not self._flights or not self._flights[0].in_flight.is_done():
             self._publish()
@@ -226,6 +232,7 @@ class DecodeStepper:
         rows = self._scheduler.apply(plan, flight.in_flight.results())
         if rows:
             self._emit(StepRows(tuple((transfer_ids[row.request_id, row.epoch], row) for row in rows)))
+        self._give_up_failed()
         now_s = time.monotonic()
         self.counters.num_steps += 1
         self.counters.num_computed_tokens += len(plan.items)
@@ -233,6 +240,10 @@ class DecodeStepper:
         self.counters.step_s += now_s - max(flight.launched_s, self._collected_s)
         self._collected_s = now_s
         self._publish()
+
+    def _give_up_failed(self) -> None:
+        for transfer_id, failure in self._scheduler.take_failed():
+            self._emit(Abandoned(transfer_id, failure))
 
     def _reserve(self, event: ReserveBlocks) -> None:
         transfer_id = event.sequence.transfer_id

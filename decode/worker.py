@@ -1,6 +1,6 @@
 """The decode worker: life of one placement.
 
-1. `Reserve` comes from the router: hash the blocks, ask the compute thread for room.
+1. `Reserve` comes from the router: hash the blocks, compile the grammar, ask the compute thread for room.
 2. Granted: the transfer opens and GRANT goes to the prefill worker, with the number of leading blocks held already.
    No room: `Declined`, and the router places it elsewhere or later.
 3. Pieces land in the granted blocks, on the event loop, beside the running steps.
@@ -35,7 +35,8 @@ from engine.decode_runner import DecodeRunner
 from engine.execution import open_decode_runner, phases_agree, stays_on_device
 from engine.loading import LoadedModel, load, pin_process
 from engine.local_handoff import LocalLink, OnePool
-from engine.placement import refusal_of, sequence_of
+from engine.placement import Placing, refusal_of
+from engine.sequence import Sequence
 from engine.service import WorkerService, drain_on_signals, new_registration
 from kvtransfer.receiving import ReceiveSide
 from kvtransfer.stats import TransferStats
@@ -70,6 +71,7 @@ class DecodeWorker:
         self._model = model
         self._compute = compute
         self._open_transfers: set[int] = set()
+        self._placing: Placing[Reserve] = Placing(model, self._is_held, self._fail)
         self._receiving: ReceiveSide | None = None
         self._link: LocalLink | ReceiveSide
         registration = new_registration(
@@ -121,6 +123,7 @@ class DecodeWorker:
 
     async def close(self) -> None:
         """Close every link; open transfers are dropped."""
+        await self._placing.close()
         if self._receiving is not None:
             await self._receiving.close()
 
@@ -132,8 +135,10 @@ class DecodeWorker:
         if refusal is not None or not isinstance(message, Reserve):
             self._decline(message.transfer_id, refusal or "")
             return
-        event = ReserveBlocks(sequence_of(message, self._model), message.prefill_worker_id)
-        self._compute.post(self._stepper, event)
+        self._placing.place(message, self._reserve)
+
+    def _reserve(self, message: Reserve, sequence: Sequence) -> None:
+        self._compute.post(self._stepper, ReserveBlocks(sequence, message.prefill_worker_id))
 
     def abort(self, transfer_id: int, reason: str) -> None:
         """Forget a placement. Once the transfer is closed nothing writes into its blocks, so they may go."""
@@ -217,6 +222,13 @@ class DecodeWorker:
         self._tell_failed(transfer_id, reason)
         self.service.release(transfer_id)
         self._compute.post(self._stepper, DropSequence(transfer_id))
+
+    def _is_held(self, transfer_id: int) -> bool:
+        return self.service.holds(transfer_id)
+
+    def _fail(self, transfer_id: int, reason: str) -> None:
+        self._tell_failed(transfer_id, reason)
+        self.service.release(transfer_id)
 
     def _tell_failed(self, transfer_id: int, reason: str) -> None:
         self.service.tell(transfer_id, TransferFailed(transfer_id=transfer_id, reason=reason[:4000]))

@@ -9,6 +9,7 @@ from protocol.kv_layout import DTYPE_BYTES
 
 DEVICES = ("auto", "cpu", "cuda")
 QUANTIZATIONS = ("auto", "none", "stored", "int8", "int4", "fp8")
+GRAMMAR_BACKENDS = ("auto", "llguidance", "xgrammar")
 KERNELS = ("auto", "native", "triton", "torch")
 
 
@@ -31,6 +32,7 @@ class EngineConfig:
         kv_memory_share: share of a GPU's memory, free once the weights are loaded, that the pool takes.
         max_model_len: bound of prompt plus output tokens, or None for what model and pool allow.
         dummy_seed: seed of `dummy` weights.
+        grammar_backend: library that makes token masks of grammars; auto takes llguidance.
         enforce_eager: launch decode steps kernel by kernel on a GPU instead of recording CUDA graphs; no effect on a
             CPU, which has none.
     """
@@ -49,6 +51,7 @@ class EngineConfig:
     kv_memory_share: float = 0.8
     max_model_len: int | None = None
     dummy_seed: int = 0
+    grammar_backend: str = "auto"
     enforce_eager: bool = False
 
     def __post_init__(self) -> None:
@@ -58,6 +61,7 @@ class EngineConfig:
             "kernels": KERNELS,
             "kv_cache_dtype": ("auto", *DTYPE_BYTES),
             "device": DEVICES,
+            "grammar_backend": GRAMMAR_BACKENDS,
         }
         for name, choices in allowed.items():
             if getattr(self, name) not in choices:

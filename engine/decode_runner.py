@@ -9,7 +9,8 @@ takes part in the next step all the same. The host touches the device only when 
 1. Sequences that are not asked for any more lose their lane; those that are new get one and their row is written.
 2. Where lanes in the middle are free and a smaller batch would do, the last lanes move into them.
 3. Sequences that got blocks have their table written.
-4. One step of the bucket is run; the row of new tokens is fetched on a second stream.
+4. Of sequences with a grammar what it allows next is written, in every step: the caller has let it follow.
+5. One step of the bucket is run; the row of new tokens is fetched on a second stream.
 """
 
 from __future__ import annotations
@@ -60,7 +61,10 @@ class DecodeRunner(Protocol):
     growth_blocks: int
 
     def launch(self, items: Sequence[BatchItem]) -> InFlight:
-        """Begin a step: one token of each item, at position `item.start`, whose block the item's sequence has."""
+        """Begin a step: one token of each item, at position `item.start`, whose block the item's sequence has.
+
+        A sequence with a grammar is asked for only once its last token is on the host.
+        """
         ...
 
 
@@ -158,6 +162,7 @@ class LaneDecodeRunner:
         bucket = self._lanes.bucket()
         adjusts = any(is_adjusted(item.sequence.sampling) for item in items)
         lanes = [self._lanes.lane(item.sequence.transfer_id) for item in items]
+        self._write_grammars(items, lanes)
         with self._queue.active():
             logits = self._compute(bucket, adjusts)
         ring = self._num_steps % RING
@@ -167,6 +172,15 @@ class LaneDecodeRunner:
         wanted = any(num is not None for num in num_logprobs)
         logprobs = fetch_logprobs(logits, self._state.all.token_ids[:bucket], self._queue) if wanted else None
         return LaneInFlight(row, mark, lanes, num_logprobs, logprobs)
+
+    def _write_grammars(self, items: Sequence[BatchItem], lanes: Sequence[int]) -> None:
+        found = [
+            (lane, item.sequence.grammar)
+            for lane, item in zip(lanes, items, strict=True)
+            # Of a token that is replayed the next one is known.
+            if item.sequence.grammar is not None and item.start + 1 == len(item.sequence.tokens)
+        ]
+        self._state.write_grammars([lane for lane, _ in found], [grammar for _, grammar in found])
 
     def _enter_and_leave(self, items: Sequence[BatchItem]) -> None:
         asked = [item.sequence.transfer_id for item in items]

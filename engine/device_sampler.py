@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.device_queue import DeviceQueue, Mark
+from engine.grammar import GrammarState
 from engine.sampler import Sampled, SampleInput
 from kernels.sampling import SamplingTensors, token_logprobs
 from kernels.table import KernelTable
@@ -82,7 +83,7 @@ def is_adjusted(sampling: SamplingParams) -> bool:
     """Tell whether the logits of a sequence are changed before a token is chosen."""
     p = sampling
     penalised = p.repetition_penalty != 1.0 or p.presence_penalty != 0.0 or p.frequency_penalty != 0.0
-    return penalised or bool(p.logit_bias) or p.min_tokens > 0
+    return penalised or bool(p.logit_bias) or p.min_tokens > 0 or p.grammar is not None
 
 
 def sample_on_device(
@@ -115,6 +116,15 @@ def token_counts(prompt: Sequence[int], output: Sequence[int], vocab_size: int) 
     return counts
 
 
+def grammar_words(grammars: Sequence[GrammarState | None], vocab_size: int) -> NDArray[np.int32]:
+    """Stack the masks of rows, int32 `[n, ceil(vocab_size / 32)]`; zeros where there is no grammar."""
+    words = np.zeros((len(grammars), -(-vocab_size // 32)), np.int32)
+    for target, grammar in zip(words, grammars, strict=True):
+        if grammar is not None:
+            target[:] = grammar.mask()
+    return words
+
+
 def padded(rows: Sequence[Sequence[int]], width: int) -> NDArray[np.int32]:
     """Stack rows of ids, each filled up with -1."""
     array = np.full((len(rows), width), -1, np.int32)
@@ -126,7 +136,7 @@ def padded(rows: Sequence[Sequence[int]], width: int) -> NDArray[np.int32]:
 def _tensors(rows: Sequence[SampleInput], vocab_size: int, queue: DeviceQueue) -> SamplingTensors:
     params = [row.sampling for row in rows]
     biases = [p.logit_bias for p in params]
-    endings = [p.ending_token_ids for p in params]
+    endings = [p.barred_token_ids for p in params]
     num_biases = max(1, max(len(bias) for bias in biases))
     values = np.zeros((len(rows), num_biases), np.float32)
     for target, bias in zip(values, biases, strict=True):
@@ -138,6 +148,10 @@ def _tensors(rows: Sequence[SampleInput], vocab_size: int, queue: DeviceQueue) -
     counts = None
     if any(is_adjusted(p) for p in params):
         counts = queue.upload(np.stack([token_counts(row.prompt, row.output, vocab_size) for row in rows]))
+    grammars = [row.grammar for row in rows]
+    bits = None
+    if any(grammar is not None for grammar in grammars):
+        bits = queue.upload(grammar_words(grammars, vocab_size))
     floats: dict[str, Any] = {name: column(source, np.float32) for name, source in FLOAT_FIELDS.items()}
     return SamplingTensors(
         top_k=column("top_k", np.int32),
@@ -148,6 +162,7 @@ def _tensors(rows: Sequence[SampleInput], vocab_size: int, queue: DeviceQueue) -
         bias_ids=queue.upload(padded([[token_id for token_id, _ in bias] for bias in biases], num_biases)),
         bias_values=queue.upload(values),
         counts=counts,
-        has_grammar=queue.upload(np.zeros(len(rows), np.bool_)),
+        has_grammar=queue.upload(np.array([grammar is not None for grammar in grammars], np.bool_)),
+        grammar_bits=bits,
         **floats,
     )

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from engine.batch import BatchItem
 from engine.device_queue import DeviceQueue
-from engine.device_sampler import FLOAT_FIELDS, is_adjusted, padded, token_counts
+from engine.device_sampler import FLOAT_FIELDS, grammar_words, is_adjusted, padded, token_counts
+from engine.grammar import GrammarState
 from engine.lane_table import Move
 from engine.sequence import Sequence
 from kernels.lanes import LaneTensors
@@ -61,6 +62,7 @@ class LaneState:
     def __init__(self, sizes: LaneSizes, queue: DeviceQueue) -> None:
         self._queue = queue
         self._sizes = sizes
+        self._has_grammars = False
         with queue.active():
             self._longs = _filled(queue.device, torch.int64, 0, len(_LONGS), sizes.max_lanes)
             self._ints = _filled(queue.device, torch.int32, 0, len(_INTS), sizes.max_lanes)
@@ -114,16 +116,32 @@ class LaneState:
         longs = self._queue.upload(np.array([self._longs_of(i) for i in items], np.int64).T.copy())
         ints = self._queue.upload(np.array([_ints_of(s) for s in sequences], np.int32).T.copy())
         floats = self._queue.upload(np.array([_floats_of(s) for s in sequences], np.float32).T.copy())
-        endings = self._queue.upload(padded([s.sampling.ending_token_ids for s in sequences], self._sizes.num_endings))
+        num_endings = self._sizes.num_endings
+        endings = self._queue.upload(padded([s.sampling.ending_token_ids for s in sequences], num_endings))
+        barred = self._queue.upload(padded([s.sampling.barred_token_ids for s in sequences], num_endings))
         with self._queue.active():
             self._longs.index_copy_(1, ids, longs)
             self._ints.index_copy_(1, ids, ints)
             self._floats.index_copy_(1, ids, floats)
-            self.all.sampling.ending_ids.index_copy_(0, ids, endings)
+            self.all.sampling.ending_ids.index_copy_(0, ids, barred)
             self.all.ending_ids.index_copy_(0, ids, endings[:, : self.all.ending_ids.shape[1]])
         self.write_tables(lanes, sequences)
         for lane, item in zip(lanes, items, strict=True):
             self._write_rare(lane, item)
+
+    def write_grammars(self, lanes: Seq[int], grammars: Seq[GrammarState]) -> None:
+        """Let the next step choose what these allow in their lanes, and anything in all others."""
+        if not lanes and not self._has_grammars:
+            return
+        self._has_grammars = bool(lanes)
+        sampling = self.all.sampling
+        with self._queue.active():
+            sampling.has_grammar.zero_()
+            if lanes and sampling.grammar_bits is not None:
+                ids = self._queue.upload(np.array(lanes, np.int64))
+                words = self._queue.upload(grammar_words(grammars, self._sizes.vocab_size))
+                sampling.has_grammar.index_fill_(0, ids, True)
+                sampling.grammar_bits.index_copy_(0, ids, words)
 
     def write_tables(self, lanes: Seq[int], sequences: Seq[Sequence]) -> None:
         """Bring the block tables of these lanes up to date."""
@@ -210,6 +228,7 @@ def _sampling_tensors(sizes: LaneSizes, device: torch.device, vectors: dict[str,
         bias_values=_filled(device, torch.float32, 0, n, sizes.num_biases),
         counts=_filled(device, torch.int32, 0, n, sizes.vocab_size),
         has_grammar=_filled(device, torch.bool, 0, n),
+        grammar_bits=_filled(device, torch.int32, 0, n, -(-sizes.vocab_size // 32)),
         **vectors,
     )
 

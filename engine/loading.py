@@ -6,11 +6,13 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 from engine.config import EngineConfig
+from engine.grammar_compiler import GrammarCompiler
 from engine.kv_cache import KVCache, torch_kernels
 from model.decoder import Decoder
 from model.errors import ModelError
@@ -33,6 +35,7 @@ class LoadedModel:
         max_model_len: bound of prompt plus output tokens: the least of the model's, the user's and the pool's.
         backend: one line saying which kernels run and why.
         enforce_eager: record no CUDA graphs.
+        grammars: compiles what outputs must obey, for this model's vocabulary; None takes no such request.
     """
 
     decoder: Decoder
@@ -43,6 +46,7 @@ class LoadedModel:
     vocab_size: int
     backend: str
     enforce_eager: bool = False
+    grammars: GrammarCompiler | None = None
 
     def new_kv_cache(self) -> KVCache:
         """Return fresh KV memory of `num_blocks` blocks."""
@@ -78,6 +82,8 @@ def load(config: EngineConfig, say: Callable[[str], None], cache_dir: Path) -> L
     """
     torch.set_num_threads(config.num_threads)
     device = _device(config.device)
+    if config.grammar_backend == "xgrammar" and find_spec("xgrammar") is None:
+        raise ConfigError("grammar_backend: xgrammar is not installed here; llguidance comes with Baton")
     try:
         files = resolve(config.model, cache_dir, say)
         decoder = load_model(files, _options(config, str(device)), _progress_lines(say))
@@ -106,9 +112,11 @@ def load(config: EngineConfig, say: Callable[[str], None], cache_dir: Path) -> L
         say(f"KV pool of {_gib(pool_bytes)} of the {_gib(free_bytes)} free on the GPU; {_gib(free_bytes - pool_bytes)} "
             "are left for activations, graphs and slots")  # fmt: skip
     max_model_len = _max_model_len(config, shape.max_context_tokens, num_blocks, say)
+    grammars = GrammarCompiler(config.grammar_backend, files.path, shape.vocab_size)
     return LoadedModel(
-        decoder, fingerprint, device, num_blocks, max_model_len, shape.vocab_size, backend, config.enforce_eager
-    )
+        decoder, fingerprint, device, num_blocks, max_model_len, shape.vocab_size, backend, config.enforce_eager,
+        grammars,
+    )  # fmt: skip
 
 
 def preload(config: EngineConfig, cache_dir: Path) -> None:

@@ -1,11 +1,66 @@
-"""From a placement on the wire to a sequence, and what a worker refuses whoever asks."""
+"""From a placement on the wire to a sequence, and what a worker refuses whoever asks.
+
+A placement without a grammar becomes a sequence at once. One with a grammar becomes one when that is compiled, and what
+was emitted before is replayed into it; meanwhile others pass by. An abort in between leaves nothing behind.
+"""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from engine.grammar import GrammarState
 from engine.loading import LoadedModel
 from engine.sequence import Sequence
 from protocol.block_hash import block_hashes, root_hash
+from protocol.errors import GrammarError
 from protocol.wire import Prefill, Reserve
+
+Placement = TypeVar("Placement", Prefill, Reserve)
+
+
+class Placing(Generic[Placement]):
+    """Turns one worker's placements into sequences; used on its event loop.
+
+    Args:
+        model: which is to run them.
+        is_held: whether a placement is still wanted.
+        fail: reports that a placement cannot be run here, and ends it.
+    """
+
+    def __init__(self, model: LoadedModel, is_held: Callable[[int], bool], fail: Callable[[int, str], None]) -> None:
+        self._model = model
+        self._is_held = is_held
+        self._fail = fail
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def place(self, message: Placement, ready: Callable[[Placement, Sequence], None]) -> None:
+        """Call `ready` with the sequence of a placement: now, or soon if it has a grammar. Never blocks."""
+        if message.sampling.grammar is None:
+            ready(message, sequence_of(message, self._model))
+            return
+        task = asyncio.create_task(self._compile(message, ready), name=f"grammar of {message.transfer_id}")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def close(self) -> None:
+        """Forget what is not ready."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _compile(self, message: Placement, ready: Callable[[Placement, Sequence], None]) -> None:
+        try:
+            if self._model.grammars is None:
+                raise GrammarError("this worker has no vocabulary to compile grammars for")
+            grammar = await self._model.grammars.state_of(message.sampling, message.emitted)
+        except GrammarError as error:
+            if self._is_held(message.transfer_id):
+                self._fail(message.transfer_id, f"grammar: {error}")
+            return
+        if self._is_held(message.transfer_id):
+            ready(message, sequence_of(message, self._model, grammar))
 
 
 def refusal_of(message: Prefill | Reserve, model: LoadedModel) -> str | None:
@@ -28,8 +83,13 @@ def refusal_of(message: Prefill | Reserve, model: LoadedModel) -> str | None:
     return f"token id {largest} is not in the vocabulary of {model.vocab_size}" if largest >= model.vocab_size else None
 
 
-def sequence_of(message: Prefill | Reserve, model: LoadedModel) -> Sequence:
+def sequence_of(message: Prefill | Reserve, model: LoadedModel, grammar: GrammarState | None = None) -> Sequence:
     """Return the sequence of a placement, its full blocks named; tokens emitted before follow the prompt.
+
+    Args:
+        message: the placement.
+        model: which is to run it.
+        grammar: the state of its grammar after what was emitted before, if it has one.
 
     Costs about a microsecond per block: called on the event loop, so that the compute thread need not hash.
     """
@@ -46,4 +106,5 @@ def sequence_of(message: Prefill | Reserve, model: LoadedModel) -> Sequence:
         sampling=message.sampling,
         root=root,
         names=block_hashes(tokens, model.fingerprint.block_size, root),
+        grammar=grammar,
     )

@@ -172,4 +172,6 @@ def _outside_inference(on_layer: OnLayer) -> OnLayer:
 
 def _sample_input(item: BatchItem) -> SampleInput:
     seq, end = item.sequence, item.start + item.num_tokens
-    return SampleInput(seq.sampling, seq.tokens[: seq.num_prompt_tokens], seq.tokens[seq.num_prompt_tokens : end])
+    grammar = seq.grammar if end == len(seq.tokens) else None  # of a token that is replayed the next one is known
+    output = seq.tokens[seq.num_prompt_tokens : end]
+    return SampleInput(seq.sampling, seq.tokens[: seq.num_prompt_tokens], output, grammar)

@@ -3,7 +3,7 @@
 The order of work on a row:
 
     logprobs are taken from the raw logits
-    penalties ─► logit bias ─► ending tokens barred before min_tokens ─► argmax if greedy
+    penalties ─► logit bias ─► ending tokens barred before min_tokens ─► grammar ─► argmax if greedy
     ─► temperature ─► min_p ─► top_k ─► top_p ─► walk in vocabulary order to where random_bits(seed, index) point
 
 `kernels.sampling` says what each of these means and why nothing depends on the order of a sum: distances and weights
@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.grammar import GrammarState, allowed_tokens
 from engine.philox import random_bits
 from kernels.sampling import (
     DISTANCE_BITS,
@@ -46,11 +47,17 @@ Row = NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class SampleInput:
-    """What the sampler must know of one row besides its logits. `output` holds the tokens before this one."""
+    """What the sampler must know of one row besides its logits.
+
+    Attributes:
+        output: the tokens before this one.
+        grammar: what allows this token and no other; None allows every one.
+    """
 
     sampling: SamplingParams
     prompt: Sequence[int]
     output: Sequence[int]
+    grammar: GrammarState | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +104,7 @@ def _likeliest(logits: Tensor) -> list[int]:
 def _is_adjusted(row: SampleInput) -> bool:
     p = row.sampling
     penalised = p.repetition_penalty != 1.0 or p.presence_penalty != 0.0 or p.frequency_penalty != 0.0
-    return penalised or bool(p.logit_bias) or len(row.output) < p.min_tokens
+    return penalised or bool(p.logit_bias) or len(row.output) < p.min_tokens or row.grammar is not None
 
 
 def _choose(logits: Tensor, row: SampleInput) -> int:
@@ -117,7 +124,7 @@ def _choose(logits: Tensor, row: SampleInput) -> int:
 
 
 def _adjust(values: Row, row: SampleInput) -> Row:
-    """Apply penalties, bias and the bar on ending tokens to one row, in place, as `kernels.sampling.adjust_logits`."""
+    """Apply penalties, bias, the bar on endings and the grammar in place, as `kernels.sampling.adjust_logits`."""
     p = row.sampling
     if p.repetition_penalty != 1.0:
         seen, repetition = np.array(sorted({*row.prompt, *row.output}), np.int64), np.float32(p.repetition_penalty)
@@ -131,8 +138,10 @@ def _adjust(values: Row, row: SampleInput) -> Row:
         if token_id < len(values):
             values[token_id] += np.float32(bias)
     if len(row.output) < p.min_tokens:
-        barred = np.array(p.ending_token_ids, np.int64)
+        barred = np.array(p.barred_token_ids, np.int64)
         values[barred[barred < len(values)]] = -np.inf
+    if row.grammar is not None:
+        values[~allowed_tokens(row.grammar.mask(), len(values))] = -np.inf
     return values
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.grammar import GrammarState
 from protocol.block_hash import BlockHash
 from protocol.request import SamplingParams
 
@@ -21,6 +22,7 @@ class Sequence:
             placements where the phases agree bit by bit. 0 stands for the prompt.
         num_computed_tokens: tokens whose KV stands in the blocks.
         names: hashes of the full blocks known so far, in order, starting from the root of model and tenant.
+        grammar: what its next token must obey; stands after the tokens of `output`.
     """
 
     request_id: int
@@ -31,6 +33,7 @@ class Sequence:
     sampling: SamplingParams
     root: BlockHash
     names: list[BlockHash]
+    grammar: GrammarState | None = None
     num_prefill_tokens: int = 0
     num_computed_tokens: int = 0
     block_ids: list[int] = field(default_factory=list)

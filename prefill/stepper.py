@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 from engine.batch import BatchItem
 from engine.block_pool import BlockPool, PoolCounts, PoolWatch
+from engine.grammar import finish_reason
 from engine.runner import BatchRunner
 from engine.sampler import Sampled
 from prefill.scheduler import JobState, PrefillJob, PrefillScheduler
@@ -80,7 +81,15 @@ class FirstTokenReady:
     prefill_s: float
 
 
-PrefillEmission = Started | CellsReady | FirstTokenReady
+@dataclass(frozen=True, slots=True)
+class PromptFailed:
+    """Emission: the prompt's first token could not be chosen, since its grammar failed."""
+
+    transfer_id: int
+    reason: str
+
+
+PrefillEmission = Started | CellsReady | FirstTokenReady | PromptFailed
 
 
 @dataclass(slots=True)
@@ -272,7 +281,10 @@ class PrefillStepper:
         seq, now_s = job.sequence, time.monotonic()
         room_tokens = self._max_model_len - seq.num_prefill_tokens - 1
         index = seq.num_output_tokens
-        reason = seq.sampling.finish_reason(result.token_id, index + 1, room_tokens)
+        reason = finish_reason(seq.sampling, seq.grammar, result.token_id, index + 1, room_tokens)
+        if seq.grammar is not None and seq.grammar.failure is not None:
+            self._give_up(job, seq.grammar.failure)
+            return
         row = TokenRow(seq.request_id, seq.epoch, index, result.token_id, reason, result.logprobs)
         queue_s, prefill_s = job.started_s - job.arrived_s, now_s - job.started_s
         self._emit(FirstTokenReady(job.transfer_id, row, job.num_cached_tokens, queue_s, prefill_s))
@@ -281,6 +293,12 @@ class PrefillStepper:
             taker.take(job.transfer_id, seq.block_ids, result.token_id)
         elif taker is not None:
             taker.abandon(job.transfer_id, None)
+
+    def _give_up(self, job: PrefillJob, reason: str) -> None:
+        self._scheduler.abort(job.transfer_id)
+        self._emit(PromptFailed(job.transfer_id, reason))
+        if self._scheduler.taker is not None:
+            self._scheduler.taker.abandon(job.transfer_id, reason)
 
     def _publish(self) -> None:
         self.pool_counts = self._pool.counts()

@@ -1,6 +1,6 @@
 """The prefill worker: life of one placement.
 
-1. `Prefill` comes from the router: hash the prompt's blocks, queue it on the compute thread.
+1. `Prefill` comes from the router: hash the prompt's blocks, compile its grammar, queue it on the compute thread.
 2. The prompt begins: its blocks are held, the transfer to the decode worker opens (a GRANT may be waiting there).
 3. Chunks are computed, short prompts first; each finished group of layers is pushed while the next computes.
 4. The first token is sampled and goes to the router at once; COMMIT follows the last piece to the decode worker.
@@ -26,8 +26,9 @@ from engine.execution import open_batch_runner, phases_agree, stays_on_device
 from engine.loading import LoadedModel, load, pin_process
 from engine.local_handoff import TRANSPORT as LOCAL
 from engine.local_handoff import OnePool, PromptTaker
-from engine.placement import refusal_of, sequence_of
+from engine.placement import Placing, refusal_of
 from engine.runner import BatchRunner
+from engine.sequence import Sequence
 from engine.service import WorkerService, drain_on_signals, new_registration
 from kvtransfer.sending import SendSide
 from kvtransfer.stats import TransferStats
@@ -41,6 +42,7 @@ from prefill.stepper import (
     FirstTokenReady,
     PrefillEmission,
     PrefillStepper,
+    PromptFailed,
     Started,
     Submit,
     TransferEnded,
@@ -72,6 +74,7 @@ class PrefillWorker:
         self._listener: Listener | None = None
         self._sending: SendSide | None = None
         self._open_transfers: set[int] = set()
+        self._placing: Placing[Prefill] = Placing(model, self._is_held, self._fail)
         registration = new_registration(
             config.service,
             Role.PREFILL,
@@ -134,6 +137,7 @@ class PrefillWorker:
 
     async def close(self) -> None:
         """Close the peer port and every connection; open transfers end as failed."""
+        await self._placing.close()
         if self._listener is not None:
             await self._listener.close()
         if self._sending is not None:
@@ -148,9 +152,10 @@ class PrefillWorker:
             self.service.tell(message.transfer_id, Declined(transfer_id=message.transfer_id, reason=refusal or ""))
             self.service.release(message.transfer_id)
             return
-        now_s = time.monotonic()
-        sequence = sequence_of(message, self._model)
-        job = PrefillJob(sequence, message.decode_worker_id, now_s, now_s + message.deadline_s)
+        self._placing.place(message, partial(self._submit, time.monotonic()))
+
+    def _submit(self, arrived_s: float, message: Prefill, sequence: Sequence) -> None:
+        job = PrefillJob(sequence, message.decode_worker_id, arrived_s, arrived_s + message.deadline_s)
         self._compute.post(self._stepper, Submit(job))
 
     def abort(self, transfer_id: int, reason: str) -> None:
@@ -207,6 +212,8 @@ class PrefillWorker:
         elif isinstance(emission, CellsReady):
             if emission.transfer_id in self._open_transfers:
                 self._sender.ready(emission.transfer_id, emission.cells)
+        elif isinstance(emission, PromptFailed):
+            self._fail(emission.transfer_id, emission.reason)
         else:
             self._deliver(emission)
 
@@ -247,6 +254,15 @@ class PrefillWorker:
             self._compute.post(self._stepper, AbortJob(transfer_id))
             self.service.tell(transfer_id, TransferFailed(transfer_id=transfer_id, reason=failure[:4000]))
         self.service.release(transfer_id)
+
+    def _is_held(self, transfer_id: int) -> bool:
+        return self.service.holds(transfer_id)
+
+    def _fail(self, transfer_id: int, reason: str) -> None:
+        self.service.tell(transfer_id, TransferFailed(transfer_id=transfer_id, reason=reason[:4000]))
+        self.service.release(transfer_id)
+        if transfer_id in self._open_transfers:
+            self._sender.abort(transfer_id, reason)
 
     def _refusal(self, message: Prefill | Reserve) -> str | None:
         if not isinstance(message, Prefill):

@@ -5,6 +5,7 @@ BatonError
 ├── RequestRejected             the client's fault, told before any work (HTTP 4xx)
 │   ├── InvalidRequest          400: a field has the wrong type, value or combination
 │   ├── ContextTooLong          400: prompt (plus max_tokens) exceeds the model's context
+│   ├── Unauthorized            401: no API key, or none that is known
 │   ├── UnknownModel            404: the model is not served here
 │   └── Overloaded              429: shed early; carries retry_after_s
 ├── RequestFailed               accepted, then not completed (HTTP 5xx or an error event)
@@ -20,6 +21,7 @@ BatonError
 │   ├── ChecksumMismatch        a piece arrived damaged
 │   └── TransferStalled         no piece made progress within its budget
 ├── LeaseExpired                the holder did not renew in time
+├── GrammarError                a grammar cannot be compiled, or does not allow the tokens that it should
 ├── OutOfBlocks                 the KV pool cannot give that many blocks now
 └── EngineDead                  the compute thread died: fatal to its process
 """
@@ -57,6 +59,13 @@ class InvalidRequest(RequestRejected):
 
 class ContextTooLong(RequestRejected):
     """Prompt, or prompt plus max_tokens, exceeds the context of the model."""
+
+
+class Unauthorized(RequestRejected):
+    """No API key was given, or none that is known."""
+
+    status = 401
+    error_type = "authentication_error"
 
 
 class UnknownModel(RequestRejected):
@@ -136,6 +145,10 @@ class TransferStalled(TransferError):
 
 class LeaseExpired(BatonError):
     """The holder did not renew its lease in time."""
+
+
+class GrammarError(BatonError):
+    """A grammar cannot be compiled, or does not allow the tokens that are there already."""
 
 
 class OutOfBlocks(BatonError):

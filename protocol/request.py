@@ -11,6 +11,7 @@ MAX_SEED = (1 << 63) - 1
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
 MAX_STOP_TOKEN_IDS = 1024
+MAX_GRAMMAR_BYTES = 1 << 16  # as the wire's strings
 
 TokenId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
 
@@ -20,6 +21,29 @@ class FinishReason(StrEnum):
 
     STOP = "stop"
     LENGTH = "length"
+
+
+class GrammarKind(StrEnum):
+    """What the text of a grammar is."""
+
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    CHOICE = "choice"
+    LARK = "lark"
+
+
+class Grammar(msgspec.Struct, frozen=True, kw_only=True):
+    """What the output of one sequence must be a sentence of.
+
+    Attributes:
+        text: a JSON schema, a regular expression (Rust's syntax, matched against the whole output), a JSON list of the
+            strings to choose from, or a grammar in llguidance's dialect of Lark.
+        whitespace_pattern: of a JSON schema: what may stand between two tokens of JSON; None is one space or nothing.
+    """
+
+    kind: GrammarKind
+    text: Annotated[str, msgspec.Meta(max_length=MAX_GRAMMAR_BYTES)]
+    whitespace_pattern: Annotated[str, msgspec.Meta(max_length=256)] | None = None
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,6 +59,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         num_logprobs: None reports none; n reports the sampled token and the n likeliest, of the model's own
             distribution (before penalties and temperature).
         logit_bias: pairs (token id, added value).
+        grammar: what the output must obey, None for anything. An EOS token is then possible only where the output is
+            complete, and never with `ignore_eos`; `min_tokens` bars EOS but no other token, since the grammar may need
+            it; and the sequence ends, whatever `min_tokens` says, with the token after which nothing may follow.
     """
 
     seed: Annotated[int, msgspec.Meta(ge=0, le=MAX_SEED)]
@@ -52,6 +79,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     stop_token_ids: Annotated[tuple[TokenId, ...], msgspec.Meta(max_length=MAX_STOP_TOKEN_IDS)] = ()
     eos_token_ids: Annotated[tuple[TokenId, ...], msgspec.Meta(max_length=64)] = ()
     num_logprobs: Annotated[int, msgspec.Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+    grammar: Grammar | None = None
 
     @property
     def is_greedy(self) -> bool:
@@ -62,6 +90,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     def ending_token_ids(self) -> tuple[int, ...]:
         """Token ids that end the sequence once `min_tokens` are out."""
         return self.stop_token_ids if self.ignore_eos else self.stop_token_ids + self.eos_token_ids
+
+    @property
+    def barred_token_ids(self) -> tuple[int, ...]:
+        """Token ids that are not sampled before `min_tokens` are out."""
+        if self.grammar is None:
+            return self.ending_token_ids
+        return () if self.ignore_eos else self.eos_token_ids
 
     def finish_reason(self, token_id: int, num_output_tokens: int, room_tokens: int) -> FinishReason | None:
         """Tell whether the sequence ends with this token.

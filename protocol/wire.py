@@ -13,6 +13,7 @@ History of WIRE_VERSION (raise it when an old peer would misread a new message):
     1  first version
     2  peers: staging and checksum are agreed on; each end says Tested before the connection is used
     3  a prompt may be followed by what was emitted before, computed by prefill: FirstToken is the token after that
+    4  sampling may carry a grammar, which an old worker would ignore
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from protocol.errors import ProtocolError
 from protocol.kv_layout import KVFingerprint, Staging
 from protocol.request import SamplingParams, TokenId, TokenRow
 
-WIRE_VERSION = 3
+WIRE_VERSION = 4
 MAX_MESSAGE_BYTES = 8 << 20
 MAX_PROMPT_TOKENS = 1 << 20
 MAX_STRING_BYTES = 1 << 16

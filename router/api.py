@@ -1,12 +1,14 @@
 """What clients may send: every field typed and bounded, before any text is tokenised.
 
-1. `parse` looks at the names of all fields: known but unsupported ones are refused, unknown ones logged and ignored.
+1. `parse` looks at the names of all fields: known but unsupported ones are refused, unknown ones logged and ignored,
+   and a name that stands twice in one object is refused.
 2. It decodes the body into a struct; the first field out of its type or bounds is named in a 400.
 3. What depends on the model (vocabulary, context) is checked by `router/intake.py`.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from typing import Annotated, Any, Final, TypeVar
@@ -16,6 +18,8 @@ from msgspec import Meta
 
 from protocol.errors import InvalidRequest
 from protocol.request import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_TOKEN_IDS, TokenId
+from router.structured import Choices, Pattern, ResponseFormat, Schema, StructuredOutputs, Whitespace
+from router.tools import MAX_TOOLS, ToolCallMessage, ToolChoice, ToolDefinition
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +72,15 @@ class GenerationFields(msgspec.Struct, frozen=True, kw_only=True):
     skip_special_tokens: bool | None = None
     add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
+    truncate_prompt_tokens: Annotated[int, Meta(ge=-1, lt=1 << 31)] | None = None
+    priority: Annotated[int, Meta(ge=-(1 << 31), lt=1 << 31)] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Schema | None = None
+    guided_regex: Pattern | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: Pattern | None = None
+    guided_whitespace_pattern: Whitespace | None = None
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -89,7 +102,7 @@ class ChatMessage(msgspec.Struct, frozen=True, kw_only=True):
     content: str | Annotated[list[TextPart], Meta(max_length=MAX_MESSAGES)] | None = None
     name: Short | None = None
     tool_call_id: Short | None = None
-    tool_calls: Annotated[list[Any], Meta(max_length=1024)] | None = None
+    tool_calls: Annotated[list[ToolCallMessage], Meta(max_length=MAX_TOOLS)] | None = None
     function_call: dict[str, Any] | None = None
 
 
@@ -101,6 +114,10 @@ class ChatRequest(GenerationFields, frozen=True, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    tools: Annotated[list[ToolDefinition], Meta(max_length=MAX_TOOLS)] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     chat_template_kwargs: Annotated[dict[Short, Scalar], Meta(max_length=32)] | None = None
 
 
@@ -139,24 +156,20 @@ Request = TypeVar("Request", bound=msgspec.Struct)
 _UNSUPPORTED: Final[dict[str, tuple[Any, ...]]] = {
     name: (None, False, [], {})
     for name in (
-        *("tools", "functions", "function_call", "audio", "prediction", "web_search_options", "documents"),
-        *("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "structural_tag"),
-        *("guided_decoding_backend", "guided_whitespace_pattern", "chat_template", "continue_final_message"),
-        *("kv_transfer_params", "truncate_prompt_tokens", "prompt_logprobs", "bad_words", "allowed_token_ids"),
+        *("functions", "function_call", "audio", "prediction", "web_search_options", "documents"),
+        *("structural_tag", "guided_decoding_backend", "chat_template"),
+        *("kv_transfer_params", "prompt_logprobs", "bad_words", "allowed_token_ids"),
         *("logits_processors", "use_beam_search", "return_tokens_as_token_ids", "mm_processor_kwargs"),
         *("prompt_embeds", "prompt_token_ids", "return_prompt_text"),
     )
 } | {
-    "tool_choice": (None, "none", "auto"),
-    "response_format": (None, {"type": "text"}),
     "modalities": (None, [], ["text"]),
     "suffix": (None, ""),
-    "priority": (None, 0),
     "length_penalty": (None, 1, 1.0),
 }
 # Fields that change nothing here: accepted without a word.
 _WITHOUT_EFFECT: Final = frozenset(
-    {"store", "metadata", "service_tier", "parallel_tool_calls", "session_id", "safety_identifier", "prompt_cache_key"}
+    {"store", "metadata", "service_tier", "session_id", "safety_identifier", "prompt_cache_key"}
 )
 _PATH: Final = re.compile(r" - at `\$\.([A-Za-z_]\w*)([^`]*)`$")
 _MISSING: Final = re.compile(r"missing required field `(\w+)`$")
@@ -171,11 +184,16 @@ def parse(body: bytes, kind: type[Request]) -> Request:
     try:
         fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
         _check_names(fields, kind)
-        return msgspec.json.decode(body, type=kind)
+        found = msgspec.json.decode(body, type=kind)
+        # Readers differ in which of two values they take, so that nobody should have to guess.
+        json.loads(body, object_pairs_hook=_check_unique)
+        return found
     except msgspec.ValidationError as error:
         raise _named(str(error)) from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"the body is not valid JSON: {error}") from error
+    except ValueError as error:
+        raise InvalidRequest("the body has a number with too many digits") from error
     except RecursionError as error:
         raise InvalidRequest("the body is nested too deeply") from error
 
@@ -194,6 +212,13 @@ def _check_names(fields: dict[str, msgspec.Raw], kind: type[Any]) -> None:
             unknown.append(name)
     if unknown:
         log.info("ignored unknown fields: %s", ", ".join(ascii(name[:64]) for name in unknown[:16]))
+
+
+def _check_unique(pairs: list[tuple[str, Any]]) -> None:
+    names = [name for name, _ in pairs]
+    if len(set(names)) != len(names):
+        twice = next(name for i, name in enumerate(names) if name in names[:i])
+        raise InvalidRequest(f"{ascii(twice[:64])} is there twice in one object")
 
 
 def _require_default(name: str, raw: msgspec.Raw) -> None:

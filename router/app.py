@@ -27,6 +27,7 @@ from protocol.local_channel import SCHEME, listen
 from router.config import RouterConfig
 from router.control import ControlServer
 from router.core import Core
+from router.doorway import ClientRunner
 from router.metrics import Metrics
 from router.server import HttpServer
 from router.switchboard import Switchboard
@@ -69,12 +70,14 @@ class Router:
             OSError: a port cannot be had.
         """
         config = self._config
-        self.control_port = await self._listen(
-            self._control.app(), config.control_host, config.control_port, config.control_fd
+        workers = web.AppRunner(
+            self._control.app(), access_log=None, handler_cancellation=True, shutdown_timeout=CLOSE_BUDGET_S
         )
+        self.control_port = await self._listen(workers, config.control_host, config.control_port, config.control_fd)
         app = self._http.app()
         app.on_response_prepare.append(self._close_after)
-        self.http_port = await self._listen(app, config.http_host, config.http_port, config.http_fd)
+        clients = ClientRunner(app, config.idle_s, CLOSE_BUDGET_S)
+        self.http_port = await self._listen(clients, config.http_host, config.http_port, config.http_fd)
         if config.grpc_port is not None:
             self._grpc = _grpc_server(config, self.core)
             await self._grpc.start()
@@ -131,15 +134,13 @@ class Router:
             with suppress(asyncio.CancelledError):
                 await self.clock
         self._http.close()
-        self.core.close()
+        await self.core.close()
 
     async def _close_after(self, _: web.Request, response: web.StreamResponse) -> None:
         if self._is_handing_over:
             response.force_close()
 
-    async def _listen(self, app: web.Application, host: str, port: int, fd: int | None) -> int:
-        # A client that leaves must cancel its handler: that is what aborts its request.
-        runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=CLOSE_BUDGET_S)
+    async def _listen(self, runner: web.AppRunner, host: str, port: int, fd: int | None) -> int:
         await runner.setup()
         self._runners.append(runner)
         site: web.BaseSite
@@ -182,6 +183,7 @@ async def run(config: RouterConfig) -> int:
         loop.add_signal_handler(number, on_signal, number)
     try:
         await router.start()
+        router.core.grammars.warm()
         # What is there now stays: a collection that walks through it would hold up every stream for tens of ms.
         gc.freeze()
         assert router.clock is not None

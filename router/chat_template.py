@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import jinja2
+import jinja2.meta
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -38,6 +39,7 @@ class ChatTemplate:
         environment.globals["strftime_now"] = _strftime_now
         self._special_tokens = dict(special_tokens)
         try:
+            self.knows_tools = "tools" in jinja2.meta.find_undeclared_variables(environment.parse(source))
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
             raise ConfigError(f"chat-template: not a valid Jinja template: {error}") from error
@@ -47,13 +49,15 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = True,
         variables: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
         """Return the prompt of a conversation.
 
         Args:
-            messages: each with `role` and `content`, both strings.
+            messages: each with `role` and `content`, both strings; calls of functions have objects as arguments.
             add_generation_prompt: end with the opening of the assistant's turn.
             variables: what else the template may read; reserved names are refused.
+            tools: functions that may be called, if the template knows them.
 
         Raises:
             InvalidRequest: the template refuses these messages.
@@ -62,15 +66,23 @@ class ChatTemplate:
             raise InvalidRequest(f"chat_template_kwargs may not set {sorted(reserved)[0]}", "chat_template_kwargs")
         context = {
             **self._special_tokens,
-            "tools": None,
             "documents": None,
             **(variables or {}),
+            "tools": tools,
             "messages": messages,
             "add_generation_prompt": add_generation_prompt,
         }
         try:
             return self._template.render(context)
-        except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
+        except (
+            jinja2.TemplateError,
+            ArithmeticError,
+            LookupError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            RecursionError,
+        ) as error:
             raise InvalidRequest(f"the model's chat template refuses these messages: {error}", "messages") from error
 
 

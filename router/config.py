@@ -33,6 +33,11 @@ class RouterConfig:
         startup_wait_s: in so many seconds after its start a router lets requests wait for the first pair of workers,
             which may be on their way back from its predecessor; later they get 503.
         client_stall_s: a client that reads nothing of its stream for this long, though there is something, is cut.
+        request_read_s: how long a client may take to send a body.
+        idle_s: a connection on which no request has come for this long, not even the whole head of one, is closed.
+        api_keys: keys that clients may show; without keys and key files everybody may ask.
+        api_key_files: files with a key, and maybe its tenant, a line; read again when they change.
+        allowed_origins: origins whose pages may ask, as browsers name them; `*` for all.
         max_resume_s: longest time that a client may ask its stream to be kept for after it lost the connection.
         drain_s: on SIGTERM, how long running streams may take to finish.
     """
@@ -62,6 +67,11 @@ class RouterConfig:
     startup_wait_s: float = 5.0
     client_stall_s: float = 30.0
     max_resume_s: float = 60.0
+    request_read_s: float = 60.0
+    idle_s: float = 75.0
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    api_key_files: tuple[str, ...] = ()
+    allowed_origins: tuple[str, ...] = ()
     drain_s: float = 30.0
 
     def __post_init__(self) -> None:
@@ -75,8 +85,11 @@ class RouterConfig:
         positive = ("heartbeat_s", "stall_s", "ttft_slo_s", "placement_wait_s", "max_wait_s", "client_stall_s")
         if self.startup_wait_s < 0:
             raise ConfigError(f"startup_wait_s must not be negative, got {self.startup_wait_s}")
-        for name in (*positive, "max_resume_s"):
+        for name in (*positive, "max_resume_s", "request_read_s", "idle_s"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+        for origin in self.allowed_origins:
+            if origin != "*" and not origin.startswith(("http://", "https://")) or origin.endswith("/"):
+                raise ConfigError(f"allowed_origins: {origin!r} is no origin like https://example.com, and not *")
         if self.lease_ttl_s < 2 * self.heartbeat_s:
             raise ConfigError(f"lease_ttl_s ({self.lease_ttl_s}) must be at least twice heartbeat_s")

@@ -1,7 +1,8 @@
 """What every front end calls: HTTP, gRPC and the in-process API bring requests, and get sessions.
 
 1. `started` waits out the first seconds of a router, in which its workers may still be on their way. 2. `admit` refuses
-early, then parses, renders and tokenises: a long text in a thread, so that no prompt holds up another's stream.
+early, then parses, renders and tokenises: a long text in a thread, so that no prompt holds up another's stream; what
+its output must obey is tried in a process that may die of it.
 3. `open` submits the job. Whoever opened a session closes it, however its client ended.
 """
 
@@ -12,8 +13,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, TypeVar
 
-from protocol.errors import NotReady
+from protocol.errors import GrammarError, InvalidRequest, NotReady
 from router.config import RouterConfig
+from router.grammar_checks import GrammarChecks
 from router.intake import Intake, Job
 from router.open_requests import OpenRequests
 from router.switchboard import Session, Switchboard
@@ -38,6 +40,7 @@ class Core:
         self.switchboard = switchboard
         self.intake = Intake(tokenizer, config.served_model_names)
         self.open_requests = OpenRequests()
+        self.grammars = GrammarChecks(config.model_path)
         self._threads = ThreadPoolExecutor(NUM_TEXT_THREADS, thread_name_prefix="text")
 
     async def started(self) -> None:
@@ -66,7 +69,18 @@ class Core:
             RequestRejected, RequestFailed: as `Switchboard.check_capacity` and `Intake.job` do.
         """
         max_model_len = self.switchboard.check_capacity()
-        return await self.off_loop(num_bytes, lambda: make(max_model_len))
+        return await self._checked(await self.off_loop(num_bytes, lambda: make(max_model_len)))
+
+    async def _checked(self, job: Job) -> Job:
+        """Return a job whose grammar workers can compile."""
+        grammar = job.choices[0].sampling.grammar if job.choices else None
+        if grammar is None:
+            return job
+        try:
+            checked = await self.grammars.check(grammar)
+        except GrammarError as error:
+            raise InvalidRequest(f"{job.grammar_field}: {error}", job.grammar_field) from error
+        return job if checked is grammar else job.with_grammar(checked)
 
     def open(self, job: Job, arrived_s: float) -> Session:
         """Submit a job; the caller closes the session. Raises as `Switchboard.open` does."""
@@ -78,6 +92,7 @@ class Core:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
-    def close(self) -> None:
-        """Let the threads go."""
+    async def close(self) -> None:
+        """Let threads and child processes go."""
+        await self.grammars.close()
         self._threads.shutdown(wait=False, cancel_futures=True)

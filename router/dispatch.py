@@ -12,7 +12,8 @@
 3. A lost placement begins a new epoch with the tokens that the client has; nothing of an older one counts any more.
    Where the phases agree bit by bit, prefill computes these as well and samples the one after them, so that nobody's
    fault holds up another stream; elsewhere decode replays them, step by step.
-4. A refusal costs a pause, on that worker only; nobody overtakes a request that waits for room.
+4. A refusal costs a pause, on that worker only; nobody overtakes a request that waits for room but one of a lower
+   `priority` number.
 5. A stream whose client does not read is paused: it gives its placement up, and gets another when the client reads on.
 6. The streams of a draining decode worker are moved to another one with room, a few at a time; it goes on with those
    that would be finished sooner than moved, and with what nobody else has room for, until its own budget is over.
@@ -91,7 +92,7 @@ class Dispatch:
         assert submission.request_id not in self._requests
         request = RequestState(submission, next(self._order), now_s)
         self._requests[submission.request_id] = request
-        self._queue.append(request)
+        bisect.insort(self._queue, request, key=_rank)
         return self._place_waiting(now_s)
 
     def cancel(self, request_id: int, now_s: float) -> list[Instruction]:
@@ -403,7 +404,7 @@ class Dispatch:
     def _requeue(self, request: RequestState, reason: str, waiting_since_s: float) -> list[Instruction]:
         out = self._release(request, reason)
         request.waiting_since_s = waiting_since_s
-        bisect.insort(self._queue, request, key=lambda r: r.order)
+        bisect.insort(self._queue, request, key=_rank)
         return out
 
     def _end(self, request: RequestState, terminal: Terminal, reason: str) -> list[Instruction]:
@@ -431,6 +432,10 @@ class Dispatch:
             for waiting in self._queue:
                 waiting.retry_s.pop(key.worker_id, None)
         return out
+
+
+def _rank(request: RequestState) -> tuple[int, int]:
+    return request.submission.priority, request.order
 
 
 def _is_token(row: TokenRow) -> bool:

@@ -27,7 +27,7 @@ from typing import Final
 from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
 
-from router.stream import AnswerShape
+from router.shape import Shape
 from router.switchboard import Session
 from router.text import Piece
 
@@ -48,7 +48,7 @@ class EventStream:
         stall_s: how long a client may read nothing of what is there for it.
     """
 
-    def __init__(self, request: web.Request, shape: AnswerShape, session: Session, stall_s: float) -> None:
+    def __init__(self, request: web.Request, shape: Shape, session: Session, stall_s: float) -> None:
         self.response = web.StreamResponse(headers=_HEADERS)
         self._request = request
         self._shape = shape

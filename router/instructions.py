@@ -19,13 +19,14 @@ from router.members import WorkerKey
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """An accepted request. `first_token_due_s` is on the clock of the events."""
+    """An accepted request. `first_token_due_s` is on the clock of the events; lower `priority` is placed earlier."""
 
     request_id: int
     prompt: tuple[int, ...]
     sampling: SamplingParams
     first_token_due_s: float
     cache_salt: str = ""
+    priority: int = 0
 
     def reserve(
         self, transfer_id: int, epoch: int, prefill_id: str, emitted: tuple[int, ...], is_replayed: bool

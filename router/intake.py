@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from protocol.errors import ContextTooLong, InvalidRequest, UnknownModel
-from protocol.request import MAX_SEED, SamplingParams
+import msgspec
+
+from protocol.errors import ContextTooLong, InvalidRequest, RequestRejected, UnknownModel
+from protocol.request import MAX_SEED, Grammar, SamplingParams
 from router.api import (
     MAX_CHOICES,
     MAX_PROMPTS,
@@ -25,8 +27,12 @@ from router.api import (
     GenerationFields,
     TokenizeRequest,
 )
+from router.conversation import calls_of, check_results, render, told
+from router.response_request import RENAMED, ResponsesRequest, renamed
+from router.structured import Structured, structured_output
 from router.text import TextOptions
 from router.tokenizer import Tokenizer
+from router.tools import ToolUse, tool_use
 
 DEFAULT_COMPLETION_TOKENS = 16
 _MIN_TEMPERATURE = 1e-5
@@ -56,7 +62,11 @@ class Job:
 
     Attributes:
         request_id: the id that its body gave it, if it did.
+        grammar_field: the field that asked for the choices' grammar; empty where they have none.
         has_usage, has_running_usage: whether a stream reports usage at its end, or in every chunk.
+        priority: lower ones are served earlier.
+        tools: functions that the answer may call.
+        response: the body of /v1/responses that it came from, if it did.
     """
 
     is_chat: bool
@@ -70,6 +80,15 @@ class Job:
     has_running_usage: bool
     returns_token_ids: bool
     request_id: str | None = None
+    priority: int = 0
+    tools: ToolUse | None = None
+    response: ResponsesRequest | None = None
+    grammar_field: str = ""
+
+    def with_grammar(self, grammar: Grammar) -> Job:
+        """Return the job with every choice bound by a grammar."""
+        choices = (replace(c, sampling=msgspec.structs.replace(c.sampling, grammar=grammar)) for c in self.choices)
+        return replace(self, choices=tuple(choices))
 
 
 class Intake:
@@ -79,7 +98,7 @@ class Intake:
         self._tokenizer = tokenizer
         self._names = tuple(served_model_names)
 
-    def job(self, request: ChatRequest | CompletionRequest, max_model_len: int) -> Job:
+    def job(self, request: ChatRequest | CompletionRequest | ResponsesRequest, max_model_len: int) -> Job:
         """Tokenise and check a request.
 
         Args:
@@ -89,9 +108,13 @@ class Intake:
         Raises:
             RequestRejected: this model cannot take it; the message names the field.
         """
+        if isinstance(request, ResponsesRequest):
+            return self._response_job(request, max_model_len)
         self.check_model(request.model)
+        tools = None
         if isinstance(request, ChatRequest):
-            prompts = [self._chat_prompt(request, max_model_len)]
+            tools = tool_use(request.tools, request.tool_choice, request.parallel_tool_calls)
+            prompts = [self._chat_prompt(request, max_model_len, tools)]
         else:
             prompts = self._completion_prompts(request, max_model_len)
         if len(prompts) * (request.n or 1) > MAX_CHOICES:
@@ -104,8 +127,13 @@ class Intake:
                 seed = (base_seed + i + (number << 32 if request.seed is None else 0)) & MAX_SEED
                 sampling = self._sampling(request, prompt, seed, max_model_len)
                 choices.append(Choice(len(choices), prompt, sampling))
+        structured = structured_output(request)
+        if tools is not None and (grammar := tools.grammar()) is not None:
+            if structured is not None:
+                raise InvalidRequest(f"tool_choice: {structured.field} asks for something else", "tool_choice")
+            structured = Structured(grammar, "tools")
         options = request.stream_options
-        return Job(
+        job = Job(
             is_chat=isinstance(request, ChatRequest),
             model=request.model,
             prompts=tuple(prompts),
@@ -117,7 +145,19 @@ class Intake:
             has_running_usage=bool(options and options.include_usage and options.continuous_usage_stats),
             returns_token_ids=bool(request.return_token_ids),
             request_id=request.request_id,
+            priority=request.priority or 0,
+            tools=tools,
+            grammar_field="" if structured is None else structured.field,
         )
+        return job if structured is None else job.with_grammar(structured.grammar)
+
+    def _response_job(self, request: ResponsesRequest, max_model_len: int) -> Job:
+        chat = request.to_chat()
+        try:
+            job = self.job(chat, max_model_len)
+        except RequestRejected as error:
+            raise renamed(error) from error
+        return replace(job, response=request, grammar_field=RENAMED.get(job.grammar_field, job.grammar_field))
 
     def check_model(self, model: str | None) -> None:
         """Raise UnknownModel unless the name is served here; None is whatever is served."""
@@ -133,7 +173,9 @@ class Intake:
             raise InvalidRequest("give either prompt or messages", "prompt")
         if request.messages is not None:
             plain = plain_messages(request.messages)
-            text = self._tokenizer.render_chat(plain, request.add_generation_prompt is not False)
+            text = self._tokenizer.render_chat(
+                told(self._tokenizer, plain, None)[0], request.add_generation_prompt is not False
+            )
             return self._encode(text, bool(request.add_special_tokens), max_model_len, "messages")
         assert request.prompt is not None
         return self._encode(request.prompt, request.add_special_tokens is not False, max_model_len, "prompt")
@@ -144,13 +186,12 @@ class Intake:
 
     # --- prompts ---
 
-    def _chat_prompt(self, request: ChatRequest, max_model_len: int) -> PromptTokens:
-        text = self._tokenizer.render_chat(
-            plain_messages(request.messages),
-            request.add_generation_prompt is not False,
-            request.chat_template_kwargs,
-        )
+    def _chat_prompt(self, request: ChatRequest, max_model_len: int, tools: ToolUse | None) -> PromptTokens:
+        text = render(self._tokenizer, request, plain_messages(request.messages), tools)
+        if request.truncate_prompt_tokens is not None:
+            text = self._tail(text, max_model_len)
         ids = self._encode(text, bool(request.add_special_tokens), max_model_len, "messages")
+        ids = self._truncated(ids, request, max_model_len)
         return self._checked(ids, "messages", max_model_len)
 
     def _completion_prompts(self, request: CompletionRequest, max_model_len: int) -> list[PromptTokens]:
@@ -161,13 +202,17 @@ class Intake:
             raise InvalidRequest(f"prompt: at most {MAX_PROMPTS} prompts in one request", "prompt")
         prompts = []
         for part in parts:
+            if isinstance(part, str) and request.truncate_prompt_tokens is not None:
+                part = self._tail(part, max_model_len)
             if isinstance(part, str):
                 ids = self._encode(part, request.add_special_tokens is not False, max_model_len, "prompt")
             else:
                 ids = part
+            kept = self._truncated(ids, request, max_model_len)
+            is_whole, ids = len(kept) == len(ids), kept
             prompt = self._checked(ids, "prompt", max_model_len)
             if request.echo:
-                text = part if isinstance(part, str) else self._tokenizer.decode(ids, skip_special=False)
+                text = part if isinstance(part, str) and is_whole else self._tokenizer.decode(ids, skip_special=False)
                 prompt = PromptTokens(prompt.token_ids, text)
             prompts.append(prompt)
         return prompts
@@ -177,6 +222,25 @@ class Intake:
         if len(text) > max_model_len * self._tokenizer.max_token_chars:
             raise ContextTooLong(f"{param}: {len(text)} characters exceed the context of {max_model_len} tokens", param)
         return self._tokenizer.encode(text, add_special)
+
+    def _tail(self, text: str, max_model_len: int) -> str:
+        """Return the end of a text that is going to be truncated: as much as the context can hold, at the most."""
+        return text[-max_model_len * self._tokenizer.max_token_chars :]
+
+    @staticmethod
+    def _truncated(token_ids: list[int], request: GenerationFields, max_model_len: int) -> list[int]:
+        """Return the last `truncate_prompt_tokens` tokens; -1 stands for as many as the context leaves room for."""
+        num_kept = request.truncate_prompt_tokens
+        if num_kept is None:
+            return token_ids
+        if num_kept == 0 or num_kept > max_model_len:
+            raise InvalidRequest(
+                f"truncate_prompt_tokens: must be -1 or from 1 to {max_model_len}", "truncate_prompt_tokens"
+            )
+        if num_kept == -1:
+            asked = getattr(request, "max_completion_tokens", None) or request.max_tokens or 1
+            num_kept = max(1, max_model_len - asked)
+        return token_ids[-num_kept:]
 
     def _checked(self, token_ids: list[int], param: str, max_model_len: int) -> PromptTokens:
         if not token_ids:
@@ -267,20 +331,23 @@ def plain_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
     """Return messages as chat templates know them: role and content are strings, `developer` is `system`.
 
     Raises:
-        InvalidRequest: an unknown role, tool calls, or content that is not text.
+        InvalidRequest: an unknown role, a malformed call, or content that is not text.
     """
     plain: list[dict[str, Any]] = []
     for i, message in enumerate(messages):
         role = _ROLES.get(message.role)
         if role is None:
             raise InvalidRequest(f"messages[{i}].role: {message.role!r} is not one of {', '.join(_ROLES)}", "messages")
-        if message.tool_calls or message.function_call:
-            raise InvalidRequest(f"messages[{i}]: tool calls are not supported by this server", "messages")
+        if message.function_call:
+            raise InvalidRequest(f"messages[{i}].function_call: not supported, use tool_calls", "messages")
         entry: dict[str, Any] = {"role": role, "content": _content(message, i)}
+        if message.tool_calls:
+            entry["tool_calls"] = calls_of(message, i)
         for name in ("name", "tool_call_id"):
             if getattr(message, name) is not None:
                 entry[name] = getattr(message, name)
         plain.append(entry)
+    check_results(plain)
     return plain
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, Final
 
 import msgspec
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET, Meta, UnsetType
 
 from protocol.errors import Overloaded, RequestFailed, RequestRejected
+from router.call_shapes import AnsweredCall, ToolCallDelta
 
 
 class TokenDetails(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,21 +56,26 @@ class CompletionLogprobs(msgspec.Struct, frozen=True, kw_only=True):
 
 
 Logprobs = ChatLogprobs | CompletionLogprobs
+# A union of structs can be written, but not described: the OpenAPI document has it from here.
+_EITHER: Final = [{"$ref": f"#/components/schemas/{name}"} for name in ("ChatLogprobs", "CompletionLogprobs")]
+AnyLogprobs = Annotated[Any, Meta(extra_json_schema={"anyOf": [*_EITHER, {"type": "null"}]})]
 
 
 class Delta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What a chunk adds to a message."""
 
     role: str | UnsetType = UNSET
-    content: str | UnsetType = UNSET
+    content: str | None | UnsetType = UNSET
+    tool_calls: list[ToolCallDelta] | UnsetType = UNSET
 
 
 class AnswerMessage(msgspec.Struct, frozen=True, kw_only=True):
     """A whole message."""
 
-    content: str
+    content: str | None
     role: str = "assistant"
     refusal: str | None = None
+    tool_calls: list[AnsweredCall] | UnsetType = UNSET
 
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True):
@@ -79,7 +85,7 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
     delta: Delta | UnsetType = UNSET
     message: AnswerMessage | UnsetType = UNSET
     text: str | UnsetType = UNSET
-    logprobs: Logprobs | None = None
+    logprobs: AnyLogprobs = None
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     token_ids: list[int] | UnsetType = UNSET
@@ -107,6 +113,66 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int | None
     object: str = "model"
     owned_by: str = "baton"
+    parent: str | None = None
+    permission: list[str] = []
+
+
+class ModelList(msgspec.Struct, frozen=True, kw_only=True):
+    """All names that are served."""
+
+    data: list[ModelCard]
+    object: str = "list"
+
+
+class TokenizeAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """Token ids of a text, and each as text if it was asked for."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class DetokenizeAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """Text of token ids."""
+
+    prompt: str
+
+
+class Health(msgspec.Struct, frozen=True, kw_only=True):
+    """Whether requests are taken, and what is missing for it."""
+
+    status: str
+    missing: list[str]
+
+
+class Load(msgspec.Struct, frozen=True, kw_only=True):
+    """Unfinished choices: all of them, with workers, and waiting for some."""
+
+    server_load: int
+    running: int
+    waiting: int
+
+
+class Version(msgspec.Struct, frozen=True, kw_only=True):
+    """Of the server."""
+
+    version: str
+
+
+class ErrorDetail(msgspec.Struct, frozen=True, kw_only=True):
+    """What was wrong; `param` names the field, `code` repeats the status."""
+
+    message: str
+    type: str
+    param: str | None
+    code: int
+
+
+class ErrorBody(msgspec.Struct, frozen=True, kw_only=True):
+    """Every answer that is no success."""
+
+    error: ErrorDetail
 
 
 def usage_of(num_prompt_tokens: int, num_output_tokens: int, num_cached_tokens: int) -> Usage:

@@ -31,7 +31,7 @@ from aiohttp import web
 from protocol.errors import InvalidRequest, RequestFailed
 from protocol.request import MAX_SEED
 from router.event_stream import GO_ON_BYTES, LIMIT_BYTES, PAUSE_BYTES, EventStream
-from router.stream import AnswerShape, error_event
+from router.shape import Shape
 from router.switchboard import Session
 from router.text import Piece
 
@@ -150,7 +150,7 @@ class EventLog:
 class KeptStream:
     """One stream that goes on without its client. Its task closes the session; `stop` ends it early."""
 
-    def __init__(self, claim: Claim, session: Session, shape: AnswerShape, stall_s: float) -> None:
+    def __init__(self, claim: Claim, session: Session, shape: Shape, stall_s: float) -> None:
         self.claim = claim
         self.is_over = False
         self.is_failed = False
@@ -196,7 +196,7 @@ class KeptStream:
         except RequestFailed as error:
             log.warning("stream %s failed: %s", self._shape.answer_id, error)
             self._failure, self.is_failed = error, True
-            self._append(error_event(error), has_token=False)
+            self._append(self._shape.failure(error), has_token=False)
         finally:
             self._session.close()
             self.is_over = True
@@ -306,7 +306,7 @@ class KeptStreams:
         kept.stop()
         return None
 
-    def keep(self, claim: Claim, session: Session, shape: AnswerShape) -> KeptStream:
+    def keep(self, claim: Claim, session: Session, shape: Shape) -> KeptStream:
         """Follow a session, from now on owned by what is returned."""
         assert claim.request_id not in self._streams
         for old in [s for s in self._streams.values() if s.is_over][: max(0, len(self) + 1 - self._max_num_streams)]:

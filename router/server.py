@@ -15,32 +15,49 @@ import logging
 import secrets
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
 import msgspec
 from aiohttp import web
 
-from protocol.errors import InvalidRequest, NotReady, Overloaded, RequestFailed, RequestRejected
+from protocol.errors import InvalidRequest, NotReady, Overloaded, RequestFailed, RequestRejected, Unauthorized
 from protocol.wire import Role
+from router.access import Access
 from router.api import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, parse
 from router.config import RouterConfig
 from router.core import Core
+from router.doorway import TENANT, Origins, keys_needed
+from router.endpoints import ENDPOINTS, document
 from router.event_stream import EventStream
 from router.intake import Job
 from router.metrics import CONTENT_TYPE, Metrics
-from router.responses import ModelCard, body_of_error, encode_json, error_body
+from router.response_request import ResponsesRequest
+from router.response_shape import shape_of
+from router.responses import (
+    DetokenizeAnswer,
+    Health,
+    Load,
+    ModelCard,
+    ModelList,
+    TokenizeAnswer,
+    Version,
+    body_of_error,
+    encode_json,
+    error_body,
+)
 from router.resumption import Claim, KeptStreams, asks_to_resume, claim_of
-from router.stream import AnswerShape, error_event
+from router.shape import Shape
 from router.switchboard import OVERLOAD_RETRY_S, Session, Switchboard
 from router.text import Piece
 
 log = logging.getLogger(__name__)
 
-BODY_BUDGET_S: Final = 60.0
 MAX_REQUEST_ID_CHARS: Final = 128
 REQUEST_ID: Final = web.RequestKey("request_id", str)
 
+Kind = type[ChatRequest] | type[CompletionRequest] | type[ResponsesRequest]
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -55,20 +72,29 @@ class HttpServer:
         self._metrics = metrics
         self._intake = core.intake
         self._started_s = int(time.time())
+        self._access = Access(config.api_keys, config.api_key_files, time.monotonic)
+        self._origins = Origins(config.allowed_origins)
         self._kept = KeptStreams(config.max_num_requests, config.client_stall_s)
 
     def app(self) -> web.Application:
         """Return the aiohttp application for clients."""
-        app = web.Application(middlewares=[errors_in_openai_shape], client_max_size=self._config.max_body_bytes)
+        doors = [errors_in_openai_shape, self._origins.answer_preflight, keys_needed(self._access)]
+        app = web.Application(middlewares=doors, client_max_size=self._config.max_body_bytes)
         app.on_response_prepare.append(_name_response)
+        app.on_response_prepare.append(self._origins.tell)
         post, get = app.router.add_post, app.router.add_get
         post("/v1/chat/completions", self._chat)
         post("/v1/completions", self._complete)
+        post("/v1/responses", self._respond)
         post("/tokenize", self._tokenize)
         post("/detokenize", self._detokenize)
         get("/v1/models", self._models)
         get("/v1/models/{model:.+}", self._model)
         get("/health", self._health)
+        get("/ping", self._health)
+        post("/ping", self._health)
+        get("/load", self._load)
+        get("/openapi.json", self._openapi)
         get("/metrics", self._show_metrics)
         get("/version", self._version)
         get("/census", self._census)
@@ -78,6 +104,9 @@ class HttpServer:
         """Let go of what is kept."""
         self._kept.close()
 
+    async def _read(self, request: web.Request) -> bytes:
+        return await _read(request, self._config.request_read_s)
+
     # --- generation ---
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
@@ -86,20 +115,21 @@ class HttpServer:
     async def _complete(self, request: web.Request) -> web.StreamResponse:
         return await self._generate(request, CompletionRequest)
 
-    async def _generate(
-        self, request: web.Request, kind: type[ChatRequest] | type[CompletionRequest]
-    ) -> web.StreamResponse:
+    async def _respond(self, request: web.Request) -> web.StreamResponse:
+        return await self._generate(request, ResponsesRequest)
+
+    async def _generate(self, request: web.Request, kind: Kind) -> web.StreamResponse:
         arrived_s = time.monotonic()
         await self._core.started()
         if asks_to_resume(request.headers):
             return await self._resume(request, kind, arrived_s)
         self._switchboard.check_capacity()  # before a large body is read
-        body = await _read(request)
-        job = await self._core.admit(len(body), partial(self._job, body, kind))
+        body = await self._read(request)
+        job = await self._core.admit(len(body), partial(self._job, request, body, kind))
         request_id = job.request_id
-        request[REQUEST_ID] = name = _request_id(request) or request_id or secrets.token_hex(12)
+        request[REQUEST_ID] = name = _request_id(request) or request_id or request[REQUEST_ID]
         session = self._core.open(job, arrived_s)
-        shape = AnswerShape(job, self._tokenizer, name)
+        shape = shape_of(job, self._tokenizer, name)
         try:
             if job.is_stream:
                 return await self._stream(request, session, shape)
@@ -107,39 +137,39 @@ class HttpServer:
         finally:
             session.close()
 
-    async def _resume(
-        self, request: web.Request, kind: type[ChatRequest] | type[CompletionRequest], arrived_s: float
-    ) -> web.StreamResponse:
+    async def _resume(self, request: web.Request, kind: Kind, arrived_s: float) -> web.StreamResponse:
         """Answer with a stream that outlives its connection: a new one, or the rest of one that is kept."""
-        body = await _read(request)
-        asked = request.path.encode() + b"\n" + body
+        body = await self._read(request)
+        asked = f"{request.path}\n{request[TENANT]}\n".encode() + body
         claim = claim_of(request.headers, _request_id(request), self._config.max_resume_s, asked)
         kept = self._kept.find(claim)
         if kept is None:
-            job = await self._core.admit(len(body), partial(self._job, body, kind, claim=claim))
+            job = await self._core.admit(len(body), partial(self._job, request, body, kind, claim=claim))
             # The same client may have been faster on another connection.
             kept = self._kept.find(claim)
             if kept is None:
                 session = self._core.open(job, arrived_s)
-                kept = self._kept.keep(claim, session, AnswerShape(job, self._tokenizer, claim.request_id))
+                kept = self._kept.keep(claim, session, shape_of(job, self._tokenizer, claim.request_id))
         return await self._kept.read(kept, request, claim)
 
     def _job(
         self,
+        request: web.Request,
         body: bytes,
-        kind: type[ChatRequest] | type[CompletionRequest],
+        kind: Kind,
         max_model_len: int,
         claim: Claim | None = None,
     ) -> Job:
-        parsed: ChatRequest | CompletionRequest = parse(body, kind)
+        parsed: ChatRequest | CompletionRequest | ResponsesRequest = parse(body, kind)
         if claim is not None and parsed.seed is None:
             parsed = msgspec.structs.replace(parsed, seed=claim.seed)
         job = self._intake.job(parsed, max_model_len)
         if claim is not None and not (job.is_stream and len(job.choices) == 1):
             raise InvalidRequest("X-Resume-For: only streams with one choice can be resumed", "X-Resume-For")
-        return job
+        salt = self._access.salt(request[TENANT], job.cache_salt)
+        return job if salt == job.cache_salt else replace(job, cache_salt=salt)
 
-    async def _whole(self, session: Session, shape: AnswerShape) -> web.StreamResponse:
+    async def _whole(self, session: Session, shape: Shape) -> web.StreamResponse:
         choices = [Piece() for _ in session.job.choices]
         while events := await session.events():
             for index, piece in events:
@@ -147,7 +177,7 @@ class HttpServer:
         shape.num_cached_tokens = session.num_cached_tokens
         return _json(shape.answer(choices))
 
-    async def _stream(self, request: web.Request, session: Session, shape: AnswerShape) -> web.StreamResponse:
+    async def _stream(self, request: web.Request, session: Session, shape: Shape) -> web.StreamResponse:
         events = await session.events()
         stream = EventStream(request, shape, session, self._config.client_stall_s)
         await stream.begin()
@@ -159,7 +189,7 @@ class HttpServer:
         return stream.response
 
     async def _follow(
-        self, session: Session, stream: EventStream, shape: AnswerShape, events: list[tuple[int, Piece]]
+        self, session: Session, stream: EventStream, shape: Shape, events: list[tuple[int, Piece]]
     ) -> None:
         """Write events until the last one has been read; generation waits for a client that does not read."""
         try:
@@ -170,12 +200,12 @@ class HttpServer:
             await stream.finish(shape.closing())
         except RequestFailed as error:
             log.warning("stream %s failed: %s", shape.answer_id, error)
-            await stream.finish(error_event(error))
+            await stream.finish(shape.failure(error))
 
     # --- text ---
 
     async def _tokenize(self, request: web.Request) -> web.Response:
-        body, max_model_len = await _read(request), self._core.max_model_len()
+        body, max_model_len = await self._read(request), self._core.max_model_len()
 
         def work() -> tuple[list[int], bool]:
             parsed = parse(body, TokenizeRequest)
@@ -183,18 +213,18 @@ class HttpServer:
 
         tokens, with_strings = await self._core.off_loop(len(body), work)
         strings = [self._tokenizer.token_text(token_id) for token_id in tokens] if with_strings else None
-        found = {"count": len(tokens), "max_model_len": max_model_len, "tokens": tokens, "token_strs": strings}
+        found = TokenizeAnswer(count=len(tokens), max_model_len=max_model_len, tokens=tokens, token_strs=strings)
         return _json(encode_json(found))
 
     async def _detokenize(self, request: web.Request) -> web.Response:
-        body = await _read(request)
+        body = await self._read(request)
 
         def work() -> str:
             parsed = parse(body, DetokenizeRequest)
             self._intake.check_model(parsed.model)
             return self._tokenizer.decode(self._intake.known_tokens(parsed.tokens), skip_special=False)
 
-        return _json(encode_json({"prompt": await self._core.off_loop(len(body), work)}))
+        return _json(encode_json(DetokenizeAnswer(prompt=await self._core.off_loop(len(body), work))))
 
     # --- about the server ---
 
@@ -204,7 +234,7 @@ class HttpServer:
 
     async def _models(self, _: web.Request) -> web.Response:
         cards = [self._card(name) for name in self._config.served_model_names]
-        return _json(encode_json({"object": "list", "data": cards}))
+        return _json(encode_json(ModelList(data=cards)))
 
     async def _model(self, request: web.Request) -> web.Response:
         name = request.match_info["model"]
@@ -216,7 +246,15 @@ class HttpServer:
         if self._switchboard.is_draining:
             missing.insert(0, "the server is shutting down")
         status = "ok" if not missing else "unavailable"
-        return _json(encode_json({"status": status, "missing": missing}), 503 if missing else 200)
+        return _json(encode_json(Health(status=status, missing=missing)), 503 if missing else 200)
+
+    async def _load(self, _: web.Request) -> web.Response:
+        running, waiting = self._switchboard.dispatch.num_running, self._switchboard.dispatch.num_waiting
+        return _json(encode_json(Load(server_load=running + waiting, running=running, waiting=waiting)))
+
+    async def _openapi(self, _: web.Request) -> web.Response:
+        found = document(ENDPOINTS, importlib.metadata.version("baton-serve"), not self._access.is_open)
+        return _json(encode_json(found))
 
     async def _show_metrics(self, _: web.Request) -> web.Response:
         dispatch = self._switchboard.dispatch
@@ -224,7 +262,7 @@ class HttpServer:
         return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE})
 
     async def _version(self, _: web.Request) -> web.Response:
-        return _json(encode_json({"version": importlib.metadata.version("baton-serve")}))
+        return _json(encode_json(Version(version=importlib.metadata.version("baton-serve"))))
 
     async def _census(self, _: web.Request) -> web.Response:
         return _json(encode_json(census(self._switchboard)))
@@ -266,7 +304,7 @@ def census(switchboard: Switchboard) -> dict[str, Any]:
 @web.middleware
 async def errors_in_openai_shape(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Answer every error as OpenAI would."""
-    request[REQUEST_ID] = _request_id(request) or ""
+    request[REQUEST_ID] = _request_id(request) or secrets.token_hex(12)
     try:
         return await handler(request)
     except (RequestRejected, RequestFailed) as error:
@@ -274,6 +312,8 @@ async def errors_in_openai_shape(request: web.Request, handler: Handler) -> web.
         if isinstance(error, Overloaded | NotReady):
             retry_s = error.retry_after_s if isinstance(error, Overloaded) else OVERLOAD_RETRY_S
             response.headers["Retry-After"] = str(max(1, round(retry_s)))
+        if isinstance(error, Unauthorized):
+            response.headers["WWW-Authenticate"] = "Bearer"
         return response
     except web.HTTPException as error:
         if error.status < 400:
@@ -298,7 +338,7 @@ def _in_words(request: web.Request, error: web.HTTPException) -> str:
     return error.text or error.reason
 
 
-async def _read(request: web.Request) -> bytes:
+async def _read(request: web.Request, budget_s: float) -> bytes:
     """Return the body.
 
     Raises:
@@ -306,9 +346,16 @@ async def _read(request: web.Request) -> bytes:
     """
     if "Content-Type" in request.headers and request.content_type != "application/json":
         raise web.HTTPUnsupportedMediaType(text=f"send application/json, not {request.content_type[:100]}")
+    if request.headers.get("Content-Encoding", "identity").lower() != "identity":
+        raise web.HTTPUnsupportedMediaType(text="send the body as it is: compressed bodies are not taken")
+    announced = request.content_length or 0
+    if announced > request.client_max_size:
+        raise web.HTTPRequestEntityTooLarge(request.client_max_size, announced)
     try:
-        async with asyncio.timeout(BODY_BUDGET_S):
+        async with asyncio.timeout(budget_s):
             return await request.read()
+    except web.RequestPayloadError as error:
+        raise web.HTTPBadRequest(text="the body cannot be read: its framing is broken") from error
     except TimeoutError as error:
         raise web.HTTPRequestTimeout(text="the body was not sent in time") from error
 

@@ -1,7 +1,7 @@
 """Pieces of text in OpenAI's shapes: whole answers, and the chunks of a stream.
 
 first chunk of a choice   role (chat) together with its first text, never before it
-chunk                     the text of one token, as soon as it is decodable
+chunk                     the text of one token, as soon as it is decodable; or what it adds to a call of a function
 last chunk of a choice    finish_reason
 usage chunk               choices [] and usage, when asked for
 [DONE]
@@ -19,8 +19,11 @@ import msgspec
 from msgspec import UNSET
 
 from protocol.errors import RequestFailed
+from protocol.request import FinishReason
+from router.call_shapes import delta_of, parser_for, said_in
 from router.intake import Choice as JobChoice
 from router.intake import Job
+from router.logprob_shapes import chat_logprobs, finite
 from router.responses import (
     Answer,
     AnswerMessage,
@@ -29,8 +32,6 @@ from router.responses import (
     CompletionLogprobs,
     Delta,
     Logprobs,
-    TokenLogprob,
-    TopLogprob,
     Usage,
     body_of_error,
     encode_json,
@@ -38,11 +39,10 @@ from router.responses import (
 )
 from router.text import LoggedToken, Piece
 from router.tokenizer import Tokenizer
+from router.tool_calls import Content
 
 DONE: Final = b"data: [DONE]\n\n"
 _encode: Final = msgspec.json.Encoder().encode
-# JSON has no infinities; clients expect this number for a token that could not be.
-_LOWEST_LOGPROB: Final = -9999.0
 
 
 @dataclass(slots=True)
@@ -71,6 +71,7 @@ class AnswerShape:
         self._created = int(time.time())
         self._kind = "chat.completion" if job.is_chat else "text_completion"
         self._progress = [_Progress() for _ in job.choices]
+        self._parsers = [] if job.tools is None else [parser_for(job.tools) for _ in job.choices]
         self.num_cached_tokens = 0
 
     @property
@@ -88,6 +89,8 @@ class AnswerShape:
         """Return the event for a piece of a choice; empty while there is no text to show for it."""
         progress = self._progress[index]
         progress.num_tokens += len(piece.token_ids)
+        if self._parsers:
+            return self._chunk_with_calls(index, piece, progress)
         if progress.frame is not None and piece.finish_reason is None:
             before, after = progress.frame
             return before + _encode(piece.text) + after if piece.text else b""
@@ -100,6 +103,32 @@ class AnswerShape:
         if is_first and self._is_plain and piece.finish_reason is None:
             progress.frame = self._frame(index)
         return data
+
+    def _chunk_with_calls(self, index: int, piece: Piece, progress: _Progress) -> bytes:
+        """Return an event for each thing that a piece adds: content, the beginning of a call, or arguments."""
+        parser = self._parsers[index]
+        parts = parser.feed(piece.text)
+        if piece.finish_reason is not None:
+            parts += parser.flush()
+        piece.text = ""
+        progress.pending.add(piece)
+        if not parts and piece.finish_reason is None:
+            return b""
+        piece, progress.pending = progress.pending, Piece()
+        out: list[bytes] = []
+        for number, part in enumerate(parts or [Content("")], start=1):
+            role = "assistant" if not progress.has_begun else UNSET
+            if isinstance(part, Content):
+                delta = Delta(role=role, content=part.text if part.text or role is not UNSET else UNSET)
+            else:
+                delta = Delta(role=role, content=UNSET if role is UNSET else None, tool_calls=[delta_of(part)])
+            is_last = number >= len(parts)
+            told = Piece(finish_reason=piece.finish_reason, stop_reason=piece.stop_reason) if is_last else Piece()
+            if number == 1:
+                told.token_ids, told.logged = piece.token_ids, piece.logged
+            out.append(self._event(index, told, not progress.has_begun, delta))
+            progress.has_begun = True
+        return b"".join(out)
 
     @property
     def _is_plain(self) -> bool:
@@ -115,8 +144,8 @@ class AnswerShape:
         assert after, "the text stands in every chunk"
         return before, after
 
-    def _event(self, index: int, piece: Piece, is_first: bool) -> bytes:
-        choice = self._choice(index, piece, is_first, is_chunk=True)
+    def _event(self, index: int, piece: Piece, is_first: bool, delta: Delta | None = None) -> bytes:
+        choice = self._choice(index, piece, is_first, is_chunk=True, delta=delta)
         usage = self.usage if self._job.has_running_usage else None
         kind = "chat.completion.chunk" if self._job.is_chat else self._kind
         has_prompt = is_first and self._job.is_chat and self._job.returns_token_ids
@@ -147,6 +176,10 @@ class AnswerShape:
         )
         return event(answer) + DONE
 
+    def failure(self, error: RequestFailed) -> bytes:
+        """Return the event that ends a stream which has begun and cannot go on."""
+        return error_event(error)
+
     def answer(self, pieces: list[Piece]) -> bytes:
         """Return the whole answer; `pieces` holds each choice whole."""
         for progress, piece in zip(self._progress, pieces, strict=True):
@@ -164,22 +197,31 @@ class AnswerShape:
             )
         )
 
-    def _choice(self, index: int, piece: Piece, is_first: bool, is_chunk: bool) -> Choice:
+    def _choice(self, index: int, piece: Piece, is_first: bool, is_chunk: bool, delta: Delta | None = None) -> Choice:
         job, choice = self._job, self._job.choices[index]
         shown: dict[str, Any] = {}
+        has_calls = bool(self._parsers and self._parsers[index].num_calls)
         if not job.is_chat:
             shown["text"] = (choice.prompt.echo if is_first else "") + piece.text
             if is_first and job.returns_token_ids:
                 shown["prompt_token_ids"] = choice.prompt.token_ids
+        elif delta is not None:
+            shown["delta"] = delta
         elif is_chunk:
             role = "assistant" if is_first else UNSET
             shown["delta"] = Delta(role=role, content=piece.text if piece.text or is_first else UNSET)
+        elif job.tools is not None:
+            said = said_in(job.tools, piece.text)
+            has_calls = bool(said.names)
+            calls = said.answered() if has_calls else UNSET
+            shown["message"] = AnswerMessage(content=said.content or (None if has_calls else ""), tool_calls=calls)
         else:
             shown["message"] = AnswerMessage(content=piece.text)
+        is_call = has_calls and piece.finish_reason is FinishReason.STOP
         return Choice(
             index=index,
             logprobs=self._logprobs(choice, piece),
-            finish_reason=piece.finish_reason,
+            finish_reason="tool_calls" if is_call else piece.finish_reason,
             stop_reason=piece.stop_reason,
             token_ids=piece.token_ids if job.returns_token_ids else UNSET,
             **shown,
@@ -192,7 +234,7 @@ class AnswerShape:
             return None
         num_top = choice.sampling.num_logprobs
         if self._job.is_chat:
-            return ChatLogprobs(content=[self._chat_logprob(logged, num_top) for logged in piece.logged])
+            return ChatLogprobs(content=chat_logprobs(self._tokenizer, piece.logged, num_top))
         progress = self._progress[choice.index]
         offsets, tokens = [], []
         for logged in piece.logged:
@@ -202,23 +244,14 @@ class AnswerShape:
             progress.num_logged_chars += len(text)
         return CompletionLogprobs(
             text_offset=offsets,
-            token_logprobs=[_finite(logged.logprobs.logprob) for logged in piece.logged],
+            token_logprobs=[finite(logged.logprobs.logprob) for logged in piece.logged],
             tokens=tokens,
             top_logprobs=[self._top(logged, num_top) for logged in piece.logged],
         )
 
-    def _chat_logprob(self, logged: LoggedToken, num_top: int) -> TokenLogprob:
-        top = [self._one(token_id, logprob) for token_id, logprob in logged.logprobs.top[:num_top]]
-        one = self._one(logged.token_id, logged.logprobs.logprob)
-        return TokenLogprob(token=one.token, logprob=one.logprob, bytes=one.bytes, top_logprobs=top)
-
-    def _one(self, token_id: int, logprob: float) -> TopLogprob:
-        data = self._tokenizer.token_bytes(token_id)
-        return TopLogprob(token=data.decode("utf-8", "replace"), logprob=_finite(logprob), bytes=list(data))
-
     def _top(self, logged: LoggedToken, num_top: int) -> dict[str, float]:
-        found = {self._plain(token_id): _finite(value) for token_id, value in logged.logprobs.top[:num_top]}
-        found.setdefault(self._plain(logged.token_id), _finite(logged.logprobs.logprob))
+        found = {self._plain(token_id): finite(value) for token_id, value in logged.logprobs.top[:num_top]}
+        found.setdefault(self._plain(logged.token_id), finite(logged.logprobs.logprob))
         return found
 
     def _plain(self, token_id: int) -> str:
@@ -238,8 +271,3 @@ def event(value: Any) -> bytes:
 def error_event(error: RequestFailed) -> bytes:
     """Return the event that ends a stream which has begun and cannot go on."""
     return event(body_of_error(error))
-
-
-def _finite(value: float) -> float:
-    # Also true for NaN, which compares with nothing.
-    return value if value > _LOWEST_LOGPROB else _LOWEST_LOGPROB

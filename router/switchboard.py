@@ -49,6 +49,8 @@ from router.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 
 OVERLOAD_RETRY_S = 1.0
+# No deadline is as far away as this: prefill takes the prompts of a lower priority number first, whatever is due.
+PRIORITY_STEP_S = 1e4
 
 
 Sink = Callable[[int, Piece], bool]
@@ -233,7 +235,10 @@ class Switchboard:
             self._runs[request_id] = ChoiceRun(session, choice, ChoiceText(self._tokenizer, job.text), arrived_s)
             num_tokens = len(choice.prompt.token_ids)
             due_s = arrived_s + self._config.ttft_slo_s + num_tokens * self._config.ttft_slo_per_token_s
-            submission = Submission(request_id, choice.prompt.token_ids, choice.sampling, due_s, job.cache_salt)
+            due_s += job.priority * PRIORITY_STEP_S
+            submission = Submission(
+                request_id, choice.prompt.token_ids, choice.sampling, due_s, job.cache_salt, job.priority
+            )
             self._metrics.accepted(num_tokens)
             self.pace.begin(request_id, num_tokens, now_s)
             self._run(self.dispatch.submit(submission, now_s))

@@ -106,6 +106,7 @@ class ChoiceText:
         self._matcher = StopMatcher(options.stops, options.include_stop)
         self._options = options
         self._has_stops = bool(options.stops)
+        self._ending_ids = options.stop_token_ids | frozenset(tokenizer.eos_token_ids)
         self.num_tokens = 0
         self.is_over = False
 
@@ -118,7 +119,8 @@ class ChoiceText:
         piece = Piece(token_ids=[row.token_id])
         if row.logprobs is not None:
             piece.logged.append(LoggedToken(row.token_id, row.logprobs))
-        ends_by_token = row.finish_reason is FinishReason.STOP
+        # One whose grammar is complete ends with a token of its text.
+        ends_by_token = row.finish_reason is FinishReason.STOP and row.token_id in self._ending_ids
         if not ends_by_token or self._options.include_stop:
             text = self._decoder.feed(row.token_id)
             piece.text = self._matcher.feed(text) if self.num_tokens > self._options.min_tokens else text

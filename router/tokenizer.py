@@ -9,21 +9,13 @@
 from __future__ import annotations
 
 import codecs
-import json
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-import tokenizers
-
-from protocol.errors import ConfigError, InvalidRequest
+from protocol.errors import InvalidRequest
+from protocol.vocabulary import byte_form, load_vocabulary
 from router.chat_template import ChatTemplate
-from router.gguf_metadata import read_metadata
-from router.gguf_vocabulary import build_tokenizer
-
-_SPECIAL_NAMES: Final = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
-_BYTE_PIECE: Final = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class Tokenizer:
@@ -38,9 +30,9 @@ class Tokenizer:
     """
 
     def __init__(self, model_path: str | Path, chat_template: str | None = None) -> None:
-        source = _load(Path(model_path))
+        source = load_vocabulary(Path(model_path))
         self._tokenizer = source.tokenizer
-        self._to_bytes = _byte_form(source.tokenizer)
+        self._to_bytes = byte_form(source.tokenizer)
         self._bytes: dict[int, bytes] = {}
         self._whole_texts = (_WholeTexts(self, skip_special=False), _WholeTexts(self, skip_special=True))
         added = source.tokenizer.get_added_tokens_decoder()
@@ -49,7 +41,7 @@ class Tokenizer:
         vocabulary = source.tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size: int = max(vocabulary.values()) + 1
         self.max_token_chars: int = max(map(len, vocabulary))
-        self.eos_token_ids: tuple[int, ...] = self._in_vocabulary(source.eos_token_ids, source.special.get("eos_token"))
+        self.eos_token_ids: tuple[int, ...] = source.known_eos_token_ids()
         bos = source.special.get("bos_token")
         self.bos_token_id: int | None = None if bos is None else source.tokenizer.token_to_id(bos)
         template = chat_template if chat_template is not None else source.chat_template
@@ -59,6 +51,11 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         """Whether chat messages can be rendered."""
         return self._template is not None
+
+    @property
+    def knows_tools(self) -> bool:
+        """Whether the chat template can say which functions there are."""
+        return self._template is not None and self._template.knows_tools
 
     def to_json(self) -> str:
         """Return the vocabulary and rules as the text of a `tokenizer.json`."""
@@ -112,6 +109,7 @@ class Tokenizer:
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = True,
         variables: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
         """Return the prompt text of a conversation; encode it with `add_special=False`.
 
@@ -120,18 +118,13 @@ class Tokenizer:
         """
         if self._template is None:
             raise InvalidRequest("this model has no chat template: use /v1/completions", "messages")
-        return self._template.render(messages, add_generation_prompt, variables)
+        return self._template.render(messages, add_generation_prompt, variables, tools)
 
     def _compute_bytes(self, token_id: int) -> bytes:
         if token_id in self._added:
             return self._added[token_id].encode()
         piece = self._tokenizer.id_to_token(token_id)
         return b"" if piece is None else self._to_bytes(piece)
-
-    def _in_vocabulary(self, token_ids: Iterable[int], token: str | None) -> tuple[int, ...]:
-        named = None if token is None else self._tokenizer.token_to_id(token)
-        found = dict.fromkeys([*token_ids, *([] if named is None else [named])])
-        return tuple(i for i in found if self.is_known(i))
 
 
 class StreamDecoder:
@@ -172,114 +165,3 @@ class _WholeTexts(dict[int, str | None]):
             found = None
         self[token_id] = found
         return found
-
-
-class _Source:
-    """What the files of a model say about its text."""
-
-    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
-        self.tokenizer = tokenizer
-        self.special: dict[str, str] = {}
-        self.eos_token_ids: list[int] = []
-        self.chat_template: str | None = None
-
-
-def _load(path: Path) -> _Source:
-    if path.suffix == ".gguf":
-        return _from_gguf(path)
-    folder = path if path.is_dir() else path.parent
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        raise ConfigError(f"model {path}: no tokenizer.json there, and not a GGUF file")
-    try:
-        source = _Source(tokenizers.Tokenizer.from_file(str(file)))
-    except Exception as error:  # noqa: BLE001  (the binding raises plain Exception)
-        raise ConfigError(f"model {folder.name}: tokenizer.json cannot be used: {error}") from error
-    # What the file says about cutting and padding is for training.
-    source.tokenizer.no_truncation()
-    source.tokenizer.no_padding()
-    settings = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
-    for name in _SPECIAL_NAMES:
-        value = settings.get(name)
-        content = value.get("content") if isinstance(value, dict) else value
-        if isinstance(content, str):
-            source.special[name] = content
-    for config in ("generation_config.json", "config.json"):
-        source.eos_token_ids = source.eos_token_ids or _ids(_read_json(folder / config).get("eos_token_id"))
-    source.chat_template = _template_of(folder, settings.get("chat_template"))
-    return source
-
-
-def _from_gguf(path: Path) -> _Source:
-    metadata = read_metadata(path)
-    source = _Source(build_tokenizer(metadata))
-    tokens: list[str] = metadata["tokenizer.ggml.tokens"]
-    names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-    for name, key in names.items():
-        token_id = metadata.get(f"tokenizer.ggml.{key}_token_id")
-        if isinstance(token_id, int) and 0 <= token_id < len(tokens):
-            source.special[name] = tokens[token_id]
-    ending = (metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom"))
-    source.eos_token_ids = [i for i in ending if isinstance(i, int)]
-    template = metadata.get("tokenizer.chat_template")
-    source.chat_template = template if isinstance(template, str) else None
-    return source
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model {path.parent.name}: {path.name} cannot be read ({error})") from error
-    return found if isinstance(found, dict) else {}
-
-
-def _ids(value: Any) -> list[int]:
-    values = value if isinstance(value, list) else [value]
-    return [v for v in values if isinstance(v, int) and not isinstance(v, bool)]
-
-
-def _template_of(folder: Path, configured: Any) -> str | None:
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    if isinstance(configured, list):
-        named = {e.get("name"): e.get("template") for e in configured if isinstance(e, dict)}
-        configured = named.get("default")
-    return configured if isinstance(configured, str) else None
-
-
-def _byte_form(tokenizer: tokenizers.Tokenizer) -> Callable[[str], bytes]:
-    """Return how this vocabulary writes bytes, told by its decoder."""
-    if tokenizer.decoder is None:
-        raise ConfigError("tokenizer: it has no decoder, so its tokens cannot be turned into text")
-    state = tokenizer.decoder.__getstate__().decode()
-    if '"ByteLevel"' in state:
-        return _from_byte_level
-    if '"Metaspace"' in state or '"ByteFallback"' in state or "▁" in state or "\\u2581" in state:
-        return _from_sentence_piece
-    raise ConfigError(f"tokenizer: a decoder like {state[:200]} is not supported (byte-level and SentencePiece are)")
-
-
-def _byte_level_alphabet() -> dict[str, int]:
-    """Return GPT-2's printable stand-in for each byte, inverted."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [b for b in range(256) if b not in set(printable)]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-
-
-_ALPHABET: Final = _byte_level_alphabet()
-
-
-def _from_byte_level(piece: str) -> bytes:
-    try:
-        return bytes(_ALPHABET[char] for char in piece)
-    except KeyError:
-        return piece.encode()  # a token that stands for itself
-
-
-def _from_sentence_piece(piece: str) -> bytes:
-    byte = _BYTE_PIECE.fullmatch(piece)
-    return bytes([int(byte[1], 16)]) if byte else piece.replace("▁", " ").encode()

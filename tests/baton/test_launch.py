@@ -11,7 +11,7 @@ import pytest
 
 from baton import config
 from baton.cli import build_parser
-from baton.launch import Sockets, bind, child_specs, secret_file
+from baton.launch import Sockets, bind, child_specs, key_files, secret_file
 from baton.settings import Settings, merge
 from baton.supervisor import ChildSpec
 from protocol.errors import ConfigError
@@ -88,6 +88,28 @@ def test_a_generated_secret_is_private_and_goes_away() -> None:
 def test_a_given_secret_file_is_used_as_it_is(tmp_path: Path) -> None:
     with secret_file(settings(secret_file=str(tmp_path / "s"))) as path:
         assert path == str(tmp_path / "s")
+
+
+def test_api_keys_reach_the_router_in_files_and_nobody_else(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("theirs tenant\n")
+    given = settings(api_key=["sk-1", "sk-2"], api_key_file=[str(file)])
+    with key_files(given) as paths:
+        assert paths[0] == str(file) and Path(paths[1]).read_text() == "sk-1\nsk-2\n"
+        assert stat.S_IMODE(Path(paths[1]).stat().st_mode) == 0o600
+        sockets = bind(given)
+        specs = child_specs(config.serve_config(given), MODEL, sockets, "/run/secret", paths)
+        sockets.close()
+    assert not Path(paths[1]).exists()
+    router, *workers = specs
+    assert parsed(router)["api_key_file"] == paths and parsed(router)["api_key"] == ()
+    assert not any("sk-1" in part for spec in specs for part in spec.command)
+    assert not any("key" in part for spec in workers for part in spec.command)
+
+
+def test_a_key_file_that_cannot_be_used_is_told_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="api-key-file: cannot read"):
+        config.serve_config(settings(api_key_file=[str(tmp_path / "none")]))
 
 
 def test_every_worker_gets_its_name_cores_and_the_router() -> None:

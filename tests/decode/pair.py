@@ -7,13 +7,25 @@ import time
 import numpy as np
 
 from decode.scheduler import DecodeScheduler
-from decode.stepper import DecodeEmission, DecodeStepper, GaveWay, Granted, JoinBatch, NoRoom, ReserveBlocks, StepRows
+from decode.stepper import (
+    Abandoned,
+    DecodeEmission,
+    DecodeStepper,
+    GaveWay,
+    Granted,
+    JoinBatch,
+    NoRoom,
+    ReserveBlocks,
+    StepRows,
+)
 from engine.block_pool import BlockPool
 from engine.decode_runner import HostDecodeRunner
+from engine.grammar import GrammarBackend, GrammarState
 from engine.kv_cache import KVCache
 from engine.loading import LoadedModel
 from engine.placement import sequence_of
 from engine.runner import Runner
+from engine.sequence import Sequence
 from prefill.scheduler import PrefillJob, PrefillScheduler
 from prefill.stepper import (
     CellsReady,
@@ -53,6 +65,8 @@ class Pair:
         scheduler = DecodeScheduler(self.decode_pool, size, 16, 0, model.max_model_len)
         runner = HostDecodeRunner(Runner(model.decoder, self.decode_kv))
         self.decode = DecodeStepper(runner, self.decode_pool, scheduler, self.from_decode.append)
+        self.grammars: GrammarBackend | None = None
+        self.failed: list[tuple[int, str | None]] = []
         self.tokens: dict[int, list[int]] = {}
         self.reasons: dict[int, FinishReason | None] = {}
         self.rows: dict[int, list[TokenRow]] = {}
@@ -73,7 +87,7 @@ class Pair:
             request_id=transfer_id, transfer_id=transfer_id, epoch=1, prefill_worker_id="p", prompt=tuple(prompt),
             emitted=tuple(emitted), is_replayed=is_replayed, sampling=sampling,
         )  # fmt: skip
-        self.decode.handle(ReserveBlocks(sequence_of(reserve, self.model), "p"))
+        self.decode.handle(ReserveBlocks(self._sequence_of(reserve), "p"))
         granted = self.from_decode.pop()
         if isinstance(granted, NoRoom):
             return False
@@ -83,7 +97,7 @@ class Pair:
             emitted=() if is_replayed else tuple(emitted), sampling=sampling, deadline_s=1.0,
         )  # fmt: skip
         now_s = time.monotonic()
-        self.prefill.handle(Submit(PrefillJob(sequence_of(message, self.model), "d", now_s, now_s + 1)))
+        self.prefill.handle(Submit(PrefillJob(self._sequence_of(message), "d", now_s, now_s + 1)))
         while self.prefill.step() or self.prefill.is_waiting:
             pass
         first = self._copy(granted)
@@ -91,6 +105,15 @@ class Pair:
         self.prefill.handle(TransferEnded(transfer_id))
         self.decode.handle(JoinBatch(transfer_id, first[0]))
         return True
+
+    def _sequence_of(self, message: Prefill | Reserve) -> Sequence:
+        grammar = None
+        if message.sampling.grammar is not None:
+            assert self.grammars is not None
+            compiled = self.grammars.compile(message.sampling.grammar)
+            grammar = GrammarState(compiled.matcher(), message.sampling, -(-self.model.vocab_size // 32))
+            grammar.replay(message.emitted)
+        return sequence_of(message, self.model, grammar)
 
     def _copy(self, granted: Granted) -> list[int]:
         started, cells = None, []
@@ -131,6 +154,8 @@ class Pair:
                     gave_way.append(emission.transfer_id)
                 elif isinstance(emission, StepRows):
                     self._take(emission)
+                elif isinstance(emission, Abandoned):
+                    self.failed.append((emission.transfer_id, emission.failure))
             self.from_decode.clear()
         return gave_way
 

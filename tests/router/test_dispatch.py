@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from protocol.errors import NotReady
@@ -481,3 +483,15 @@ def test_one_worker_that_differs_lets_decode_replay() -> None:
     lost = streaming(d, 1, 3, 50)
     out = d.preempted(key(lost), Preempted(transfer_id=_transfer_of(d)), 1)
     assert reserve(out).is_replayed and prefill(out).emitted == ()
+
+
+def test_a_lower_priority_number_is_placed_and_due_earlier() -> None:
+    d = dispatch(cluster(num_blocks=10))
+    d.submit(submission(1, num_prompt_tokens=28), 0)
+    for request_id, priority in ((2, 1), (3, 0), (4, -1), (5, 0)):
+        made = submission(request_id, num_prompt_tokens=20, first=100 * request_id)
+        assert sent(d.submit(dataclasses.replace(made, priority=priority), 0)) == []
+    order = []
+    for running in (1, 4, 3, 5):
+        order += [i.request_id for i in d.cancel(running, 1) if isinstance(i, Placed)]
+    assert order == [4, 3, 5, 2]

@@ -301,3 +301,14 @@ async def test_a_router_that_gets_no_workers_refuses_after_a_while(tokenizer: To
         begin_s = time.monotonic()
         assert (await stage.post(CHAT, HI))[0] == 503
         assert time.monotonic() - begin_s < 0.2, "later ones at once"
+
+
+async def test_priority_moves_the_deadline_that_prefill_orders_by(stage: Stage) -> None:
+    prefill, _ = await stage.pair()
+    deadlines = []
+    for priority in (0, -1, 1):
+        asked = asyncio.create_task(stage.post(CHAT, {**HI, "max_tokens": 1, "priority": priority}))
+        deadlines.append((await prefill.first(100, LENGTH)).deadline_s)
+        assert (await asked)[0] == 200
+    usual, early, late = deadlines
+    assert early < -1000 < usual < 1000 < late

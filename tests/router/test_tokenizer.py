@@ -13,8 +13,8 @@ from tokenizers import Tokenizer as HfTokenizer
 from tokenizers import decoders, models, normalizers
 
 from protocol.errors import ConfigError, InvalidRequest
-from router.gguf_metadata import read_metadata
-from router.gguf_vocabulary import build_tokenizer
+from protocol.gguf_metadata import read_metadata
+from protocol.gguf_vocabulary import build_tokenizer
 from router.tokenizer import Tokenizer
 from tests.golden.make_golden import long_prompts, plain_prompts
 from tests.router.tiny import EOS_ID, alphabet, byte_id, byte_ids, byte_level_gguf, write_gguf

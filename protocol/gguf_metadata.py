@@ -1,4 +1,4 @@
-"""Read the key-value header of a GGUF file: what the router needs of it are vocabulary, merges and chat template.
+"""Read the key-value header of a GGUF file: what matters here are vocabulary, merges and chat template.
 
 1. Map the file, check magic and version (2 or 3, little endian).
 2. Walk the key-value pairs once, decoding every one; tensor infos and weights behind them are never touched.

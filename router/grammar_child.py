@@ -1,0 +1,137 @@
+"""The expendable process in which clients' grammars are compiled and tried: it may crash, hang or swell unharmed.
+
+1. `main` bounds its own memory, lowers its priority, reads the vocabulary and says that it is ready.
+2. Each `Question` on stdin gets one `Verdict` on stdout, both as JSON behind a length of four bytes.
+3. A question that takes more than its share of CPU ends the process by a signal, in the middle of whatever it is at.
+4. The end of stdin ends it: no router, no child.
+
+A grammar is compiled, and then a few dozen tokens that it allows are taken at random: what would meet the library's
+limits in the middle of an answer mostly meets them here.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import signal
+import sys
+from pathlib import Path
+from typing import BinaryIO, Final
+
+import msgspec
+
+from protocol.errors import BatonError, GrammarError
+from protocol.request import MAX_GRAMMAR_BYTES, Grammar, GrammarKind
+
+MAX_MEMORY_BYTES: Final = 1 << 30
+CHECK_CPU_S: Final = 2.0
+NUM_PROBED_TOKENS: Final = 48
+NICENESS: Final = 5
+_LENGTH_BYTES: Final = 4
+
+
+class Question(msgspec.Struct, frozen=True):
+    """A grammar to be tried."""
+
+    grammar: Grammar
+
+
+class Verdict(msgspec.Struct, frozen=True):
+    """What became of a grammar: the text that workers compile, or what is wrong. The first says whether all is ready.
+
+    Attributes:
+        error: empty if it is good.
+    """
+
+    text: str = ""
+    error: str = ""
+
+
+def write(file: BinaryIO, message: msgspec.Struct) -> None:
+    """Write one message."""
+    data = msgspec.json.encode(message)
+    file.write(len(data).to_bytes(_LENGTH_BYTES, "little") + data)
+    file.flush()
+
+
+def main(model_path: str) -> None:
+    """Answer questions until stdin ends."""
+    resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    os.nice(NICENESS)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the router's to answer
+    reader, writer = sys.stdin.buffer, sys.stdout.buffer
+    try:
+        trial = Trial(Path(model_path))
+    except BatonError as error:
+        write(writer, Verdict(error=str(error)))
+        return
+    write(writer, Verdict())
+    while len(head := reader.read(_LENGTH_BYTES)) == _LENGTH_BYTES:
+        question = msgspec.json.decode(reader.read(int.from_bytes(head, "little")), type=Question)
+        # By default SIGPROF kills, wherever the process is.
+        signal.setitimer(signal.ITIMER_PROF, CHECK_CPU_S)
+        try:
+            verdict = Verdict(text=trial.text_of(question.grammar))
+        except GrammarError as error:
+            verdict = Verdict(error=str(error))
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        write(writer, verdict)
+
+
+class Trial:
+    """Compiles grammars for one model. Raises ConfigError or GrammarError where its vocabulary cannot be used."""
+
+    def __init__(self, model_path: Path) -> None:
+        # Here, and not above, since the router imports this file for its messages.
+        from protocol.guidance import open_tokenizer
+        from protocol.vocabulary import TokenBytes
+
+        vocabulary = TokenBytes.of_model(model_path)
+        self._vocab_size = len(vocabulary.tokens)
+        self._eos_ids = frozenset(vocabulary.eos_token_ids)
+        self._tokenizer = open_tokenizer(vocabulary, self._vocab_size)
+
+    def text_of(self, grammar: Grammar) -> str:
+        """Return the text by which workers compile a grammar. Raises GrammarError with what is wrong."""
+        from protocol.guidance import compile_matcher
+
+        if grammar.kind == GrammarKind.LARK:
+            grammar = msgspec.structs.replace(grammar, text=_lark(grammar.text))
+        self._probe(compile_matcher(self._tokenizer, grammar))
+        return grammar.text
+
+    def _probe(self, matcher: object) -> None:
+        import numpy as np
+        from llguidance import LLMatcher
+
+        from protocol.guidance import require_sound
+
+        assert isinstance(matcher, LLMatcher)
+        words = np.zeros(-(-self._vocab_size // 32), np.int32)
+        dice = random.Random(0)
+        for step in range(NUM_PROBED_TOKENS):
+            matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+            require_sound(matcher)
+            bits = np.unpackbits(words.view(np.uint8), bitorder="little", count=self._vocab_size)
+            allowed = [token_id for token_id in np.flatnonzero(bits).tolist() if token_id not in self._eos_ids]
+            if not allowed:
+                if step == 0:
+                    raise GrammarError("nothing but the empty output obeys it")
+                return
+            matcher.consume_token(dice.choice(allowed))
+            require_sound(matcher)
+
+
+def _lark(text: str) -> str:
+    """Return a grammar in GBNF or Lark as Lark."""
+    from llguidance.gbnf_to_lark import any_to_lark
+
+    try:
+        found = any_to_lark(text)
+    except (ValueError, IndexError, KeyError, RecursionError, AssertionError) as error:
+        raise GrammarError(f"neither Lark nor GBNF: {error}"[:300]) from error
+    if len(found.encode()) > MAX_GRAMMAR_BYTES:
+        raise GrammarError(f"longer than {MAX_GRAMMAR_BYTES} bytes as Lark")
+    return found

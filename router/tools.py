@@ -1,0 +1,296 @@
+"""Functions that a model may call: what clients declare, and how the model hears of it.
+
+1. `ToolUse` is what a request's `tools`, `tool_choice` and `parallel_tool_calls` come to, checked and bounded.
+2. Where the model's chat template knows `tools`, the template writes them. Elsewhere `with_default_prompt` writes them
+   into the system message, in the style of Hermes, and past calls and their results into the conversation.
+3. `tool_choice` required, or one function by its name, binds the answer to `ToolUse.grammar`: a list of calls.
+4. `router/tool_calls.py` finds the calls in what the model says.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Final, Literal
+
+import msgspec
+from msgspec import Meta
+
+from protocol.errors import InvalidRequest
+from protocol.request import MAX_GRAMMAR_BYTES, Grammar, GrammarKind
+
+MAX_TOOLS: Final = 128
+MAX_DEPTH: Final = 64
+
+FunctionName = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
+
+# Of calls in one forced answer: a small model might never end the list.
+MAX_CALLS: Final = 16
+_NO_ARGUMENTS: Final[dict[str, Any]] = {"type": "object", "properties": {}, "additionalProperties": False}
+# What stands under these names in a schema is data, whatever it looks like.
+_PLAIN_DATA: Final = frozenset({"const", "enum", "default", "examples"})
+
+_PROMPT: Final = """You may call one or more functions to help with the user's request.
+
+The functions, each with a JSON schema of its arguments, stand between <tools></tools>:
+<tools>
+{tools}
+</tools>
+
+To call a function, write a JSON object with its name and arguments between <tool_call></tool_call>:
+<tool_call>
+{{"name": <function name>, "arguments": <object with the arguments>}}
+</tool_call>
+{only_one}Results come back between <tool_response></tool_response>. If no function helps, answer as usual."""
+
+
+class FunctionDefinition(msgspec.Struct, frozen=True, kw_only=True):
+    """A function that the model may call; `parameters` is a JSON schema of its arguments."""
+
+    name: FunctionName
+    description: Annotated[str, Meta(max_length=65_536)] | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ToolDefinition(msgspec.Struct, frozen=True, kw_only=True):
+    """One of `tools`; only functions are known here."""
+
+    type: Annotated[str, Meta(max_length=64)]
+    function: FunctionDefinition | None = None
+
+
+class NamedFunction(msgspec.Struct, frozen=True, kw_only=True):
+    """A function by its name."""
+
+    name: FunctionName
+
+
+class NamedToolChoice(msgspec.Struct, frozen=True, kw_only=True):
+    """A `tool_choice` that names the one function to call."""
+
+    type: Annotated[str, Meta(max_length=64)]
+    function: NamedFunction | None = None
+
+
+ToolChoice = Literal["none", "auto", "required"] | NamedToolChoice
+
+
+class CalledFunction(msgspec.Struct, frozen=True, kw_only=True):
+    """What was called, and with which arguments: an object written as JSON."""
+
+    name: FunctionName
+    arguments: Annotated[str, Meta(max_length=1 << 20)]
+
+
+class ToolCallMessage(msgspec.Struct, frozen=True, kw_only=True):
+    """A call in a message of the assistant, as it was answered once."""
+
+    id: Annotated[str, Meta(max_length=256)]
+    function: CalledFunction
+    type: Annotated[str, Meta(max_length=64)] = "function"
+
+
+@dataclass(frozen=True, slots=True)
+class ToolUse:
+    """The functions of one request.
+
+    Attributes:
+        functions: what may be called; of a choice by name only that one.
+        is_forced: the answer is nothing but calls, at least one.
+        is_parallel: there may be several calls.
+    """
+
+    functions: tuple[FunctionDefinition, ...]
+    is_forced: bool = False
+    is_parallel: bool = True
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of the functions."""
+        return frozenset(function.name for function in self.functions)
+
+    def for_template(self) -> list[dict[str, Any]]:
+        """Return the functions as chat templates know them: like OpenAI's `tools`."""
+        return [{"type": "function", "function": _plain(function)} for function in self.functions]
+
+    def grammar(self) -> Grammar | None:
+        """Return what the answer must obey: a list of objects with name and arguments; None if it is free.
+
+        Raises:
+            InvalidRequest: the schemas are too large.
+        """
+        if not self.is_forced:
+            return None
+        text = json.dumps(self._schema(), ensure_ascii=False)
+        if len(text.encode("utf-8", "replace")) > MAX_GRAMMAR_BYTES:
+            raise InvalidRequest(f"tools: their schemas take more than {MAX_GRAMMAR_BYTES} bytes", "tools")
+        return Grammar(kind=GrammarKind.JSON_SCHEMA, text=text)
+
+    def _schema(self) -> dict[str, Any]:
+        calls: list[dict[str, Any]] = []
+        definitions: dict[str, Any] = {}
+        for i, function in enumerate(self.functions):
+            # The whole schema lies under a name of its own, and what it refers to in itself is found there.
+            name = f"arguments_{i}"
+            definitions[name] = _moved(function.parameters or _NO_ARGUMENTS, f"#/$defs/{name}")
+            properties = {"name": {"const": function.name}, "arguments": {"$ref": f"#/$defs/{name}"}}
+            calls.append(
+                {
+                    "type": "object",
+                    "properties": properties,
+                    "required": ["name", "arguments"],
+                    "additionalProperties": False,
+                }
+            )
+        items = calls[0] if len(calls) == 1 else {"anyOf": calls}
+        max_items = MAX_CALLS if self.is_parallel else 1
+        return {"type": "array", "items": items, "minItems": 1, "maxItems": max_items, "$defs": definitions}
+
+
+def tool_use(
+    tools: Sequence[ToolDefinition] | None, choice: ToolChoice | None, is_parallel: bool | None
+) -> ToolUse | None:
+    """Return what a request may call; None where it may call nothing.
+
+    Raises:
+        InvalidRequest: a tool is no function, two have one name, or the choice names none of them.
+    """
+    functions = _functions(tools or ())
+    if not functions:
+        if choice in (None, "none", "auto"):
+            return None
+        raise InvalidRequest("tool_choice: there are no tools to choose from", "tool_choice")
+    may_repeat = is_parallel is not False
+    if choice is None or choice == "auto":
+        return ToolUse(functions, is_parallel=may_repeat)
+    if choice == "none":
+        return None
+    if choice == "required":
+        return ToolUse(functions, is_forced=True, is_parallel=may_repeat)
+    assert isinstance(choice, NamedToolChoice)
+    if choice.type != "function" or choice.function is None:
+        raise InvalidRequest(f"tool_choice: type {choice.type!r} is not supported, only function", "tool_choice")
+    named = tuple(f for f in functions if f.name == choice.function.name)
+    if not named:
+        raise InvalidRequest(f"tool_choice: {choice.function.name!r} is not among the tools", "tool_choice")
+    return ToolUse(named, is_forced=True, is_parallel=False)
+
+
+def arguments_of(call: CalledFunction, where: str) -> dict[str, Any]:
+    """Return the arguments of a past call.
+
+    Raises:
+        InvalidRequest: they are no JSON object.
+    """
+    try:
+        found = msgspec.json.decode(call.arguments or "{}")
+    except (msgspec.DecodeError, RecursionError, UnicodeEncodeError) as error:
+        raise InvalidRequest(f"{where}.function.arguments: not valid JSON: {error}", "messages") from error
+    if not isinstance(found, dict):
+        raise InvalidRequest(f"{where}.function.arguments: must be a JSON object", "messages")
+    check_depth(found, f"{where}.function.arguments", "messages")
+    return found
+
+
+def check_depth(value: Any, name: str, param: str, max_depth: int = MAX_DEPTH) -> None:
+    """Raise InvalidRequest if JSON is nested more deeply than templates and grammars are asked to bear."""
+    level = [value]
+    for _ in range(max_depth):
+        level = [inner for item in level for inner in _inside(item)]
+        if not level:
+            return
+    raise InvalidRequest(f"{name}: nested more than {max_depth} levels deep", param)
+
+
+def with_default_prompt(messages: Sequence[dict[str, Any]], use: ToolUse | None) -> list[dict[str, Any]]:
+    """Return a conversation for a template that knows no tools: all of it is said in `content`.
+
+    Args:
+        messages: as for a template that knows them.
+        use: what may be called now; None leaves the system message alone.
+    """
+    plain: list[dict[str, Any]] = []
+    for message in messages:
+        if message["role"] == "tool":
+            text = f"<tool_response>\n{message['content']}\n</tool_response>"
+            if plain and plain[-1].get("is_response"):
+                plain[-1]["content"] += "\n" + text
+            else:
+                plain.append({"role": "user", "content": text, "is_response": True})
+        elif "tool_calls" in message:
+            calls = [_written(call["function"]) for call in message["tool_calls"]]
+            said = [message["content"]] if message["content"] else []
+            plain.append({"role": message["role"], "content": "\n".join([*said, *calls])})
+        else:
+            plain.append(dict(message))
+    for message in plain:
+        message.pop("is_response", None)
+    return plain if use is None else _with_system(plain, _default_prompt(use))
+
+
+def _default_prompt(use: ToolUse) -> str:
+    tools = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in use.for_template())
+    return _PROMPT.format(tools=tools, only_one="" if use.is_parallel else "Call at most one function.\n")
+
+
+def _with_system(messages: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:
+    if messages and messages[0]["role"] == "system":
+        first = messages[0]
+        return [{**first, "content": f"{first['content']}\n\n{text}"}, *messages[1:]]
+    return [{"role": "system", "content": text}, *messages]
+
+
+def _written(function: dict[str, Any]) -> str:
+    call = json.dumps({"name": function["name"], "arguments": function["arguments"]}, ensure_ascii=False)
+    return f"<tool_call>\n{call}\n</tool_call>"
+
+
+def _functions(tools: Sequence[ToolDefinition]) -> tuple[FunctionDefinition, ...]:
+    functions: list[FunctionDefinition] = []
+    for i, tool in enumerate(tools):
+        if tool.type != "function":
+            raise InvalidRequest(f"tools[{i}].type: {tool.type!r} is not supported, only function", "tools")
+        if tool.function is None:
+            raise InvalidRequest(f"tools[{i}].function: this field is required", "tools")
+        if tool.function.name.endswith("\n"):
+            raise InvalidRequest(f"tools[{i}].function.name: ends with a line break", "tools")
+        if any(tool.function.name == other.name for other in functions):
+            raise InvalidRequest(f"tools[{i}].function.name: {tool.function.name!r} is there twice", "tools")
+        check_depth(tool.function.parameters, f"tools[{i}].function.parameters", "tools")
+        functions.append(tool.function)
+    return tuple(functions)
+
+
+def _plain(function: FunctionDefinition) -> dict[str, Any]:
+    plain: dict[str, Any] = {"name": function.name}
+    if function.description is not None:
+        plain["description"] = function.description
+    plain["parameters"] = _arguments_schema(function)
+    return plain
+
+
+def _arguments_schema(function: FunctionDefinition) -> dict[str, Any]:
+    return function.parameters or {"type": "object", "properties": {}}
+
+
+def _moved(schema: Any, to: str) -> Any:
+    """Return a schema whose references to itself find it where it is moved to."""
+    if isinstance(schema, list):
+        return [_moved(item, to) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    moved = {}
+    for key, value in schema.items():
+        if key == "$ref" and isinstance(value, str) and value.startswith("#"):
+            moved[key] = to + value[1:]
+        else:
+            moved[key] = value if key in _PLAIN_DATA else _moved(value, to)
+    return moved
+
+
+def _inside(value: Any) -> Sequence[Any]:
+    if isinstance(value, dict):
+        return list(value.values())
+    return value if isinstance(value, list) else ()
