@@ -12,19 +12,28 @@ from torch import Tensor
 
 from engine.sequence import Sequence, num_blocks_for
 from model.batch import ForwardBatch
+from protocol.readout import ReadPrompt
 
 
 @dataclass(frozen=True, slots=True)
 class BatchItem:
     """A run of tokens of one sequence to compute: positions [start, start + num_tokens).
 
-    `wants_logits`: the last of them is sampled from.
+    `wants_logits`: the last of them is sampled from, or read. A `ReadPrompt` has its logits read in every item.
     """
 
     sequence: Sequence
     start: int
     num_tokens: int
     wants_logits: bool
+
+    @property
+    def num_logit_rows(self) -> int:
+        """How many of its rows get logits."""
+        if isinstance(self.sequence.readout, ReadPrompt):
+            # Nothing follows the prompt's last token: its row says nothing about the prompt.
+            return min(self.num_tokens, self.sequence.num_prefill_tokens - 1 - self.start)
+        return int(self.wants_logits)
 
 
 def build_batch(
@@ -38,7 +47,7 @@ def build_batch(
         upload: turns an array into a tensor of the decoder's device.
         may_decode: whether a batch of single tokens may be marked as a decode step.
     """
-    is_decode = may_decode and all(item.num_tokens == 1 and item.wants_logits for item in items)
+    is_decode = may_decode and all(i.num_tokens == 1 and i.wants_logits and i.sequence.readout is None for i in items)
     counts = np.array([item.num_tokens for item in items], dtype=np.int32)
     query_start = np.zeros(len(items) + 1, dtype=np.int32)
     np.cumsum(counts, out=query_start[1:])
@@ -50,6 +59,8 @@ def build_batch(
     slots = tables[owner, positions // block_size].astype(np.int64) * block_size + positions % block_size
     last_rows = query_start[1:].astype(np.int64) - 1
     wanted = last_rows[[item.wants_logits for item in items]]
+    if any(isinstance(item.sequence.readout, ReadPrompt) for item in items):
+        wanted = np.concatenate([_logit_rows(item, int(row)) for item, row in zip(items, query_start, strict=False)])
 
     return ForwardBatch(
         token_ids=upload(token_ids),
@@ -65,6 +76,13 @@ def build_batch(
 
 def _run(item: BatchItem) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
     return np.array(item.sequence.tokens[item.start : item.start + item.num_tokens], dtype=np.int64)
+
+
+def _logit_rows(item: BatchItem, first_row: int) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
+    if isinstance(item.sequence.readout, ReadPrompt):
+        return np.arange(first_row, first_row + item.num_logit_rows, dtype=np.int64)
+    last_row = first_row + item.num_tokens - 1
+    return np.array([last_row] if item.wants_logits else [], dtype=np.int64)
 
 
 def _tables(

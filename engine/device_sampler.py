@@ -16,7 +16,11 @@ from engine.grammar import GrammarState
 from engine.sampler import Sampled, SampleInput
 from kernels.sampling import SamplingTensors, token_logprobs
 from kernels.table import KernelTable
-from protocol.request import MAX_LOGPROBS, SamplingParams, TokenLogprobs
+from protocol.request import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_TOKEN_IDS, SamplingParams, TokenLogprobs
+
+# A client's own, and the model's.
+MAX_ENDINGS = MAX_STOP_TOKEN_IDS + 64
+_FEW = 16
 
 # Fields of SamplingTensors and of SamplingParams.
 FLOAT_FIELDS = {
@@ -133,11 +137,16 @@ def padded(rows: Sequence[Sequence[int]], width: int) -> NDArray[np.int32]:
     return array
 
 
+def _width(rows: Sequence[Sequence[object]], most: int) -> int:
+    """Give one of two widths: a kernel is compiled for each that it meets, while a prompt waits."""
+    return _FEW if all(len(row) <= _FEW for row in rows) else most
+
+
 def _tensors(rows: Sequence[SampleInput], vocab_size: int, queue: DeviceQueue) -> SamplingTensors:
     params = [row.sampling for row in rows]
     biases = [p.logit_bias for p in params]
     endings = [p.barred_token_ids for p in params]
-    num_biases = max(1, max(len(bias) for bias in biases))
+    num_biases = _width(biases, MAX_LOGIT_BIAS)
     values = np.zeros((len(rows), num_biases), np.float32)
     for target, bias in zip(values, biases, strict=True):
         target[: len(bias)] = [value for _, value in bias]
@@ -158,7 +167,7 @@ def _tensors(rows: Sequence[SampleInput], vocab_size: int, queue: DeviceQueue) -
         min_tokens=column("min_tokens", np.int32),
         seed=column("seed", np.int64),
         index=queue.upload(np.array([len(row.output) for row in rows], np.int64)),
-        ending_ids=queue.upload(padded(endings, max(1, max(len(e) for e in endings)))),
+        ending_ids=queue.upload(padded(endings, _width(endings, MAX_ENDINGS))),
         bias_ids=queue.upload(padded([[token_id for token_id, _ in bias] for bias in biases], num_biases)),
         bias_values=queue.upload(values),
         counts=counts,

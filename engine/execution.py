@@ -35,11 +35,14 @@ def phases_agree(model: LoadedModel) -> bool:
 
 
 def open_batch_runner(model: LoadedModel, kv_cache: KVCache, queue: DeviceQueue | None = None) -> BatchRunner:
-    """Give the runner of a prefill worker; `queue` None opens one."""
+    """Give the runner of a prefill worker; `queue` None opens one. On a GPU its kernels are compiled here."""
     if not stays_on_device(model):
         return Runner(model.decoder, kv_cache)
     assert isinstance(model.decoder, TorchDecoder)
-    return DeviceRunner(model.decoder.with_own_scratch(), kv_cache, queue or open_queue(model.device))
+    runner = DeviceRunner(model.decoder.with_own_scratch(), kv_cache, queue or open_queue(model.device))
+    if model.device.type == "cuda":
+        runner.rehearse()
+    return runner
 
 
 def open_decode_runner(

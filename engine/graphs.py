@@ -1,6 +1,6 @@
 """One CUDA graph per batch size, recorded once: a decode step is then one launch.
 
-1. Sizes are recorded from the largest down, so that all share the memory of the first.
+1. Sizes are recorded from the largest down, so that all share the memory of the first; each keeps logits of its own.
 2. Before each is recorded the step runs plainly, twice: kernels are compiled and libraries choose their algorithms.
 3. While recording, every lane is dead: nothing is written and nobody's tokens move.
 4. A replay takes its input from the lanes' tensors and leaves logits in the graph's own.

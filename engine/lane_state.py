@@ -14,13 +14,13 @@ from torch import Tensor
 
 from engine.batch import BatchItem
 from engine.device_queue import DeviceQueue
-from engine.device_sampler import FLOAT_FIELDS, grammar_words, is_adjusted, padded, token_counts
+from engine.device_sampler import FLOAT_FIELDS, MAX_ENDINGS, grammar_words, is_adjusted, padded, token_counts
 from engine.grammar import GrammarState
 from engine.lane_table import Move
 from engine.sequence import Sequence
 from kernels.lanes import LaneTensors
 from kernels.sampling import SamplingTensors
-from protocol.request import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
+from protocol.request import MAX_LOGIT_BIAS
 
 RING = 4  # rows of tokens on the device: more than the steps in flight, so that none is overwritten before it is read
 _FEW_ENDINGS = 16
@@ -48,7 +48,7 @@ class LaneSizes:
     vocab_size: int
     block_size: int
     num_biases: int = MAX_LOGIT_BIAS
-    num_endings: int = MAX_STOP_TOKEN_IDS + 64
+    num_endings: int = MAX_ENDINGS
 
 
 class LaneState:

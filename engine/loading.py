@@ -92,6 +92,7 @@ def load(config: EngineConfig, say: Callable[[str], None], cache_dir: Path) -> L
         raise ConfigError(str(error)) from error
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # weights were filled on a stream that nobody computes on
+        torch.cuda.empty_cache()  # nor will anybody use what loading needed for a while
     shape = decoder.config
     backend = f"{device}: {decoder.backend}"
     say(f"loaded {decoder.load_summary}; {decoder.backend}")

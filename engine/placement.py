@@ -15,6 +15,7 @@ from engine.loading import LoadedModel
 from engine.sequence import Sequence
 from protocol.block_hash import block_hashes, root_hash
 from protocol.errors import GrammarError
+from protocol.readout import ReadEmbedding, ReadLabels
 from protocol.wire import Prefill, Reserve
 
 Placement = TypeVar("Placement", Prefill, Reserve)
@@ -71,13 +72,18 @@ def refusal_of(message: Prefill | Reserve, model: LoadedModel) -> str | None:
     num_tokens = len(message.prompt) + len(message.emitted)
     if not message.prompt or num_tokens >= model.max_model_len:
         return f"{num_tokens} tokens; this worker takes 1 to {model.max_model_len - 1}"
-    sampling = message.sampling
+    sampling, readout = message.sampling, message.readout if isinstance(message, Prefill) else None
+    if isinstance(readout, ReadEmbedding):
+        return "this worker gives no embeddings"
+    if readout is not None and isinstance(message, Prefill) and message.decode_worker_id is not None:
+        return "a readout has no decode worker"
     largest = max(
         *message.prompt,
         *message.emitted,
         *sampling.stop_token_ids,
         *sampling.eos_token_ids,
         *(token_id for token_id, _ in sampling.logit_bias),
+        *(readout.token_ids if isinstance(readout, ReadLabels) else ()),
         0,
     )
     return f"token id {largest} is not in the vocabulary of {model.vocab_size}" if largest >= model.vocab_size else None
@@ -104,6 +110,7 @@ def sequence_of(message: Prefill | Reserve, model: LoadedModel, grammar: Grammar
         num_prompt_tokens=len(message.prompt),
         num_prefill_tokens=len(message.prompt) if is_replayed else len(tokens),
         sampling=message.sampling,
+        readout=message.readout if isinstance(message, Prefill) else None,
         root=root,
         names=block_hashes(tokens, model.fingerprint.block_size, root),
         grammar=grammar,

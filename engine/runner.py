@@ -1,4 +1,4 @@
-"""One forward of any sequences, whole prompts or chunks of them, and the tokens that follow.
+"""One forward of any sequences, whole prompts or chunks of them, and the tokens that follow or what is read off them.
 
     launch(items) ─► LaunchedBatch ── is_done() ──► results(), one per item
 
@@ -12,15 +12,20 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from engine.batch import BatchItem, build_batch
-from engine.device_queue import PASSED, DeviceQueue, Mark
+from engine.device_queue import PASSED, DeviceQueue, HostQueue, Mark
 from engine.device_sampler import FetchedSamples, sample_on_device
 from engine.kv_cache import KVCache
+from engine.reading import FetchedReading, Reading, enqueue_reading
 from engine.sampler import Sampled, SampleInput, sample
+from model.batch import ForwardBatch
 from model.decoder import Decoder
 from model.torch_decoder import TorchDecoder
+from protocol.request import SamplingParams
 
 OnLayer = Callable[[int], None]
 
@@ -32,7 +37,7 @@ class LaunchedBatch(Protocol):
         """Whether `results` would return at once."""
         ...
 
-    def results(self) -> list[Sampled | None]:
+    def results(self) -> list[Sampled | Reading | None]:
         """Wait for the batch and return one entry per item, None where no logits were wanted."""
         ...
 
@@ -49,7 +54,7 @@ class BatchRunner(Protocol):
     def launch(
         self, items: Sequence[BatchItem], on_layer: OnLayer | None = None, stops: Collection[int] | None = None
     ) -> LaunchedBatch:
-        """Compute the KV of every item and sample where logits are wanted.
+        """Compute the KV of every item, and sample or read where logits are wanted.
 
         Args:
             items: at least one; every position has a block.
@@ -66,17 +71,17 @@ class BatchRunner(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Done:
-    samples: list[Sampled | None]
+    found: list[Sampled | Reading | None]
 
     def is_done(self) -> bool:
         return True
 
-    def results(self) -> list[Sampled | None]:
-        return self.samples
+    def results(self) -> list[Sampled | Reading | None]:
+        return self.found
 
 
 class Runner:
-    """A `BatchRunner` that computes at once; `step` does the same and returns the samples.
+    """A `BatchRunner` that computes at once; `step` does the same for what is sampled, and returns the samples.
 
     Args:
         decoder: the model; may be shared with another runner of the same thread.
@@ -94,22 +99,38 @@ class Runner:
         self, items: Sequence[BatchItem], on_layer: OnLayer | None = None, stops: Collection[int] | None = None
     ) -> LaunchedBatch:
         """Compute; see `BatchRunner.launch`."""
-        return _Done(self.step(items, on_layer, stops))
+        return _Done(self._compute(items, on_layer, stops))
 
     def mark(self) -> Mark:
-        """Return a mark that is passed: everything is done when a call returns."""
+        """Return a mark that is passed; where torch has only enqueued its operations on a GPU, wait for them first."""
+        if self._kv.tensor.device.type == "cuda":
+            torch.cuda.current_stream(self._kv.tensor.device).synchronize()
         return PASSED
 
     def step(
         self, items: Sequence[BatchItem], on_layer: OnLayer | None = None, stops: Collection[int] | None = None
     ) -> list[Sampled | None]:
-        """Compute and return one entry per item; see `BatchRunner.launch`. Synchronises the device."""
-        batch = build_batch(items, self._block_size, lambda array: torch.from_numpy(array).to(self._kv.tensor.device))
+        """Compute items that are no readouts and return one entry per item; see `BatchRunner.launch`."""
+        found = self._compute(items, on_layer, stops)
+        return [entry if isinstance(entry, Sampled) else None for entry in found]
+
+    def _compute(
+        self, items: Sequence[BatchItem], on_layer: OnLayer | None, stops: Collection[int] | None
+    ) -> list[Sampled | Reading | None]:
+        device = self._kv.tensor.device
+        batch = build_batch(items, self._block_size, lambda array: torch.from_numpy(array).to(device))
         with torch.inference_mode():
             logits = self._decoder.forward(batch, self._kv.tensor, on_layer, stops)
-            wanted = [item for item in items if item.wants_logits]
-            chosen = iter(sample(logits, [_sample_input(item) for item in wanted]) if wanted else [])
-        return [next(chosen) if item.wants_logits else None for item in items]
+            parts = _LogitRows(items)
+            wanted = [_sample_input(items[at]) for at in parts.sampled]
+            samples = sample(parts.of_samples(logits), wanted) if wanted else []
+        found: list[Sampled | Reading | None] = [None] * len(items)
+        for at, chosen in zip(parts.sampled, samples, strict=True):
+            found[at] = chosen
+        queue = HostQueue(device)
+        for at, rows in parts.read.items():
+            found[at] = enqueue_reading(logits[rows], items[at], queue).result()
+        return found
 
 
 class DeviceRunner:
@@ -134,30 +155,95 @@ class DeviceRunner:
         """Enqueue; see `BatchRunner.launch`. Does not wait for the device."""
         # Never as a decode batch, however short the chunks: a row's bits must not depend on its company.
         batch = build_batch(items, self._block_size, self._queue.upload, may_decode=False)
-        wanted = [_sample_input(item) for item in items if item.wants_logits]
+        parts = _LogitRows(items)
+        wanted = [_sample_input(items[at]) for at in parts.sampled]
         with self._queue.active(), torch.inference_mode():
             logits = self._decoder.forward(batch, self._kv.tensor, on_layer and _outside_inference(on_layer), stops)
-        samples = sample_on_device(logits, wanted, self._decoder.kernels, self._queue) if wanted else None
-        return _Enqueued([item.wants_logits for item in items], samples, self._queue.mark())
+            to_sample = parts.of_samples(logits)
+        samples = sample_on_device(to_sample, wanted, self._decoder.kernels, self._queue) if wanted else None
+        read = {at: enqueue_reading(logits[rows], items[at], self._queue) for at, rows in parts.read.items()}
+        return _Enqueued(len(items), parts.sampled, samples, read, self._queue.mark())
 
     def mark(self) -> Mark:
         """Mark the end of what is enqueued so far."""
         return self._queue.mark()
 
+    def rehearse(self) -> None:
+        """Run a prompt of two tokens that writes nothing, and sample from it both ways; waits for the device.
+
+        Kernels are compiled when they are first launched: better now than while a prompt waits and this seems to hang.
+        """
+        ints, longs = np.zeros(2, np.int32), np.array([0, 1], np.int64)
+        upload = self._queue.upload
+        batch = ForwardBatch(
+            token_ids=upload(longs),
+            positions=upload(longs),
+            slot_mapping=upload(np.full(2, -1, np.int64)),
+            query_start=upload(np.array([0, 2], np.int32)),
+            seq_lens=upload(ints[:1] + 2),
+            block_tables=upload(ints[:1].reshape(1, 1)),
+            logits_indices=upload(longs[1:]),
+            is_decode=False,
+        )
+        with self._queue.active(), torch.inference_mode():
+            logits = self._decoder.forward(batch, self._kv.tensor)
+        for min_tokens in (0, 1):
+            params = SamplingParams(seed=0, max_tokens=1, min_tokens=min_tokens)
+            rows = [SampleInput(params, [0], [])]
+            sample_on_device(logits, rows, self._decoder.kernels, self._queue).results()
+
 
 @dataclass(frozen=True, slots=True)
 class _Enqueued:
-    wants: list[bool]
+    num_items: int
+    sampled: list[int]
     samples: FetchedSamples | None
+    read: dict[int, FetchedReading]
     mark: Mark
 
     def is_done(self) -> bool:
-        return self.mark.is_passed() and (self.samples is None or self.samples.is_done())
+        if not self.mark.is_passed() or not (self.samples is None or self.samples.is_done()):
+            return False
+        return all(reading.is_done() for reading in self.read.values())
 
-    def results(self) -> list[Sampled | None]:
+    def results(self) -> list[Sampled | Reading | None]:
         self.mark.wait()
-        chosen = iter([] if self.samples is None else self.samples.results())
-        return [next(chosen) if wants else None for wants in self.wants]
+        found: list[Sampled | Reading | None] = [None] * self.num_items
+        if self.samples is not None:
+            for at, sample_of_item in zip(self.sampled, self.samples.results(), strict=True):
+                found[at] = sample_of_item
+        for at, reading in self.read.items():
+            found[at] = reading.result()
+        return found
+
+
+class _LogitRows:
+    """Which rows of a batch's logits belong to whom: items are named by their place in the batch.
+
+    Attributes:
+        sampled: items whose one row is sampled from.
+        read: rows of the items that are read.
+    """
+
+    def __init__(self, items: Sequence[BatchItem]) -> None:
+        self.sampled: list[int] = []
+        self.read: dict[int, slice] = {}
+        self._sampled_rows: list[int] = []
+        row = 0
+        for at, item in enumerate(items):
+            num_rows = item.num_logit_rows
+            if num_rows and item.sequence.readout is not None:
+                self.read[at] = slice(row, row + num_rows)
+            elif num_rows:
+                self.sampled.append(at)
+                self._sampled_rows.append(row)
+            row += num_rows
+
+    def of_samples(self, logits: Tensor) -> Tensor:
+        """Return the rows that are sampled from: all of them, uncopied, where nothing is read."""
+        if not self.read or not self.sampled:
+            return logits
+        return torch.cat([logits[row : row + 1] for row in self._sampled_rows])
 
 
 def _outside_inference(on_layer: OnLayer) -> OnLayer:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from engine.grammar import GrammarState
 from protocol.block_hash import BlockHash
+from protocol.readout import Readout
 from protocol.request import SamplingParams
 
 
@@ -23,6 +24,7 @@ class Sequence:
         num_computed_tokens: tokens whose KV stands in the blocks.
         names: hashes of the full blocks known so far, in order, starting from the root of model and tenant.
         grammar: what its next token must obey; stands after the tokens of `output`.
+        readout: what the prompt is computed for instead of output, if it is.
     """
 
     request_id: int
@@ -36,6 +38,7 @@ class Sequence:
     grammar: GrammarState | None = None
     num_prefill_tokens: int = 0
     num_computed_tokens: int = 0
+    readout: Readout | None = None
     block_ids: list[int] = field(default_factory=list)
     block_table: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
 

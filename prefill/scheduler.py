@@ -11,20 +11,32 @@ leaves some blocks to running sequences (`engine/local_handoff.py`).
 
 A prompt whose next block is just being computed for another one waits for it and then finds it cached: candidates for
 the same job, arriving together, compute the shared part once.
+
+Readouts are a class of their own behind prompts that owe somebody a first token:
+
+1. A step belongs to first tokens, but for a quarter that readouts may have while any wait; what first tokens leave is
+   theirs as well. So readouts cost a first token at most a third more time, and never starve.
+2. Readouts begin after first tokens: where a first token lacks blocks, no readout takes any.
+3. A first token that waits for a block which a readout computes lifts that readout into its own class.
+4. `ReadPrompt` reads the logits of every row: it takes nothing from the cache, and at most MAX_LOGIT_ROWS tokens of a
+   step are of that kind, so that logits are never held for a whole long prompt.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from engine.batch import BatchItem
 from engine.block_pool import BlockPool
 from engine.local_handoff import PromptTaker
+from engine.reading import Reading
 from engine.sequence import Sequence, num_blocks_for
 from protocol.block_hash import BlockHash
+from protocol.readout import ReadPrompt
 
+MAX_LOGIT_ROWS = 256
 _MAX_BATCH_SEQS = 64
 
 
@@ -44,6 +56,8 @@ class PrefillJob:
     Attributes:
         receiver_id: the decode worker that awaits the KV, or None if the request ends with its first token.
         deadline_s: when its first token is due, on the clock of `arrived_s`.
+        is_lifted: a first token waits for this readout's blocks.
+        readings: what its chunks gave so far, if it is a readout.
     """
 
     sequence: Sequence
@@ -55,6 +69,18 @@ class PrefillJob:
     num_cached_tokens: int = 0
     has_transfer: bool = False
     num_in_flight: int = 0
+    is_lifted: bool = False
+    readings: list[Reading] = field(default_factory=list)
+
+    @property
+    def owes_first_token(self) -> bool:
+        """Whether a first token waits for it, its own or another's; else it is a readout that may wait."""
+        return self.sequence.readout is None or self.is_lifted
+
+    @property
+    def reads_every_row(self) -> bool:
+        """Whether the logits of every prompt token are wanted."""
+        return isinstance(self.sequence.readout, ReadPrompt)
 
     @property
     def transfer_id(self) -> int:
@@ -83,6 +109,7 @@ class PrefillScheduler:
         self._block_size = block_size
         self._chunk_tokens = chunk_tokens
         self._share_tokens = max(1, chunk_tokens // 2)
+        self._readout_tokens = max(1, chunk_tokens // 4)
         self._jobs: dict[int, PrefillJob] = {}
         self._started: list[PrefillJob] = []
 
@@ -119,16 +146,11 @@ class PrefillScheduler:
 
         Prompts that began are returned by `take_started`.
         """
-        candidates = self._candidates(now_s)
-        share = self._chunk_tokens if len(candidates) < 2 else self._share_tokens
-        grants = dict.fromkeys(candidates, 0)
-        budget = self._chunk_tokens
-        for limit in (share, self._chunk_tokens):
-            for job in candidates:
-                more = min(job.num_left, limit, self._chunk_tokens) - grants[job]
-                more = max(0, min(more, budget))
-                grants[job] += more
-                budget -= more
+        firsts, readouts = self._candidates(now_s)
+        wanted = sum(job.num_left for job in readouts)
+        grants = _share(firsts, self._chunk_tokens - min(self._readout_tokens, wanted), MAX_LOGIT_ROWS)
+        num_rows_left = MAX_LOGIT_ROWS - sum(num for job, num in grants.items() if job.reads_every_row)
+        grants |= _share(readouts, self._chunk_tokens - sum(grants.values()), num_rows_left)
         return [
             BatchItem(job.sequence, job.sequence.num_computed_tokens, num_tokens, num_tokens == job.num_left)
             for job, num_tokens in grants.items()
@@ -178,13 +200,28 @@ class PrefillScheduler:
             job.has_transfer = False
             self._free_if_done(job)
 
-    def _candidates(self, now_s: float) -> list[PrefillJob]:
+    def _candidates(self, now_s: float) -> tuple[list[PrefillJob], list[PrefillJob]]:
+        """Return what may compute now: prompts that owe a first token, and readouts."""
         unfinished = [job for job in self._jobs.values() if job.state in _UNFINISHED]
         unfinished.sort(key=lambda job: job.deadline_s)
-        being_computed = self._names_in_progress(unfinished)
+        being_computed = self._in_progress(unfinished)
+        # Two passes over the first class: what it waits for may have been lifted into it.
+        firsts, may_start = self._choose(
+            [job for job in unfinished if job.owes_first_token], being_computed, now_s, True
+        )
+        firsts += [job for job in unfinished if job.is_lifted and job.state is JobState.COMPUTING and job not in firsts]
+        readouts, _ = self._choose(
+            [job for job in unfinished if not job.owes_first_token], being_computed, now_s, may_start
+        )
+        return firsts, readouts
+
+    def _choose(
+        self, jobs: list[PrefillJob], being_computed: dict[BlockHash, PrefillJob], now_s: float, may_start: bool
+    ) -> tuple[list[PrefillJob], bool]:
+        """Choose enough of a class to fill a step; tell also whether none of it lacked blocks."""
         chosen: list[PrefillJob] = []
-        may_start, num_claimed = True, 0
-        for job in unfinished:
+        num_claimed = 0
+        for job in jobs:
             # Enough to fill a step: a prompt that would not compute yet must not hold blocks yet.
             if len(chosen) == _MAX_BATCH_SEQS or num_claimed >= self._chunk_tokens:
                 break
@@ -194,25 +231,28 @@ class PrefillScheduler:
             if job.state is JobState.COMPUTING:
                 chosen.append(job)
                 num_claimed += min(job.num_left, self._share_tokens)
-        return chosen
+        return chosen, may_start
 
     def _has_slot(self, job: PrefillJob) -> bool:
         return self.taker is None or job.receiver_id is None or self.taker.awaits(job.transfer_id)
 
-    def _names_in_progress(self, jobs: list[PrefillJob]) -> set[BlockHash]:
-        names: set[BlockHash] = set()
+    def _in_progress(self, jobs: list[PrefillJob]) -> dict[BlockHash, PrefillJob]:
+        """Return who computes which block."""
+        found: dict[BlockHash, PrefillJob] = {}
         for job in jobs:
             if job.state is JobState.COMPUTING:
-                names.update(job.sequence.names[job.sequence.num_computed_tokens // self._block_size :])
-        return names
+                first = job.sequence.num_computed_tokens // self._block_size
+                found.update(dict.fromkeys(job.sequence.names[first:], job))
+        return found
 
-    def _start(self, job: PrefillJob, being_computed: set[BlockHash], now_s: float) -> bool:
+    def _start(self, job: PrefillJob, being_computed: dict[BlockHash, PrefillJob], now_s: float) -> bool:
         """Give a job its blocks; return False if there are not enough. One that waits for another's block is passed."""
         seq = job.sequence
         # The last token is always computed: its logits give the first output token.
-        usable = (seq.num_prefill_tokens - 1) // self._block_size
+        usable = 0 if job.reads_every_row else (seq.num_prefill_tokens - 1) // self._block_size
         cached = self._pool.match(seq.names[:usable])
-        if len(cached) < usable and seq.names[len(cached)] in being_computed:
+        if len(cached) < usable and (other := being_computed.get(seq.names[len(cached)])) is not None:
+            other.is_lifted |= job.owes_first_token
             return True
         self._pool.acquire(cached)
         num_fresh = num_blocks_for(seq.num_prefill_tokens, self._block_size) - len(cached)
@@ -226,7 +266,8 @@ class PrefillScheduler:
         job.has_transfer = job.receiver_id is not None and self.taker is None
         if self.taker is not None:
             self.taker.begun(job.transfer_id)
-        being_computed.update(seq.names[len(cached) :])
+        for name in seq.names[len(cached) :]:
+            being_computed.setdefault(name, job)
         self._started.append(job)
         return True
 
@@ -235,6 +276,23 @@ class PrefillScheduler:
             return
         self._pool.release(job.sequence.take_blocks())
         del self._jobs[job.transfer_id]
+
+
+def _share(jobs: list[PrefillJob], budget: int, num_rows_left: int) -> dict[PrefillJob, int]:
+    """Divide the tokens of a step among jobs: of several, none gets more than half until all have what they want.
+
+    `num_rows_left` bounds the tokens of those that read every row.
+    """
+    grants = dict.fromkeys(jobs, 0)
+    whole = budget
+    for limit in (whole if len(jobs) < 2 else max(1, whole // 2), whole):
+        for job in jobs:
+            room = min(budget, num_rows_left) if job.reads_every_row else budget
+            more = max(0, min(min(job.num_left, limit) - grants[job], room))
+            grants[job] += more
+            budget -= more
+            num_rows_left -= more if job.reads_every_row else 0
+    return grants
 
 
 _UNFINISHED = (JobState.WAITING, JobState.COMPUTING)

@@ -5,6 +5,8 @@ prefix cache holds already is `CellsReady` at once. 3. While the model runs, eac
 so that the event loop pushes it beside the computation. 4. The last chunk yields `FirstTokenReady`. 5. `TransferEnded`
 lets the blocks go.
 
+A readout has neither receiver nor first token: its last chunk yields `ReadingsReady`, and its blocks go at once.
+
 Where decode works in the same pool, nothing is sent: with its first token a prompt's blocks are handed to the decode
 stepper, before they are let go of here (`engine/local_handoff.py`), so that 3. and 5. fall away.
 
@@ -22,10 +24,12 @@ from dataclasses import dataclass
 from engine.batch import BatchItem
 from engine.block_pool import BlockPool, PoolCounts, PoolWatch
 from engine.grammar import finish_reason
+from engine.reading import Reading, join
 from engine.runner import BatchRunner
 from engine.sampler import Sampled
 from prefill.scheduler import JobState, PrefillJob, PrefillScheduler
 from protocol.handoff import SendRange
+from protocol.readout import PromptLogprobs
 from protocol.request import TokenRow
 
 
@@ -89,7 +93,19 @@ class PromptFailed:
     reason: str
 
 
-PrefillEmission = Started | CellsReady | FirstTokenReady | PromptFailed
+@dataclass(frozen=True, slots=True)
+class ReadingsReady:
+    """Emission: what a readout asked for. Times are durations in seconds."""
+
+    transfer_id: int
+    labels: tuple[float, ...]
+    prompt: PromptLogprobs | None
+    num_cached_tokens: int
+    queue_s: float
+    prefill_s: float
+
+
+PrefillEmission = Started | CellsReady | FirstTokenReady | ReadingsReady | PromptFailed
 
 
 @dataclass(slots=True)
@@ -211,8 +227,12 @@ class PrefillStepper:
 
         def land() -> None:
             self._num_in_flight -= 1
-            for job, result in zip(jobs, launched.results(), strict=True):
-                if result is not None and job is not None:
+            for job, item, result in zip(jobs, items, launched.results(), strict=True):
+                if job is None or job.state is JobState.ABORTED:
+                    continue
+                if job.sequence.readout is not None:
+                    self._read(job, item, result)
+                elif isinstance(result, Sampled):
                     self._finish(job, result)
             self._scheduler.landed(items)  # may let go of blocks: only after they have been handed over
             now_s = time.monotonic()
@@ -276,8 +296,6 @@ class PrefillStepper:
             self._say(CellsReady(push.transfer_id, cells))
 
     def _finish(self, job: PrefillJob, result: Sampled) -> None:
-        if job.state is JobState.ABORTED:
-            return
         seq, now_s = job.sequence, time.monotonic()
         room_tokens = self._max_model_len - seq.num_prefill_tokens - 1
         index = seq.num_output_tokens
@@ -299,6 +317,17 @@ class PrefillStepper:
         self._emit(PromptFailed(job.transfer_id, reason))
         if self._scheduler.taker is not None:
             self._scheduler.taker.abandon(job.transfer_id, reason)
+
+    def _read(self, job: PrefillJob, item: BatchItem, result: Sampled | Reading | None) -> None:
+        """Keep what a chunk of a readout gave; tell all of it with the last."""
+        if isinstance(result, Reading):
+            job.readings.append(result)
+        if not item.wants_logits:
+            return
+        labels = () if job.reads_every_row else job.readings[-1].labels
+        prompt = join(job.readings) if job.reads_every_row else None
+        queue_s, prefill_s = job.started_s - job.arrived_s, time.monotonic() - job.started_s
+        self._emit(ReadingsReady(job.transfer_id, labels, prompt, job.num_cached_tokens, queue_s, prefill_s))
 
     def _publish(self) -> None:
         self.pool_counts = self._pool.counts()

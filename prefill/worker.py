@@ -8,7 +8,8 @@
    reported, and the router places the request again.
 Colocated with decode, over one pool, nothing is sent: with step 4 the decode stepper beside this one holds the prompt's
 blocks, and the placement ends here (`engine/local_handoff.py`).
-A request that needs no decode worker (`decode_worker_id` is None, or its first token ends it) stops after step 4.
+A request that needs no decode worker (`decode_worker_id` is None, or its first token ends it) stops after step 4. So
+does a readout, whose `Readings` stand for the first token.
 """
 
 from __future__ import annotations
@@ -43,12 +44,23 @@ from prefill.stepper import (
     PrefillEmission,
     PrefillStepper,
     PromptFailed,
+    ReadingsReady,
     Started,
     Submit,
     TransferEnded,
     layer_groups,
 )
-from protocol.wire import Declined, FirstToken, PeerAddress, Prefill, Reserve, Role, TransferFailed, WorkerStats
+from protocol.wire import (
+    Declined,
+    FirstToken,
+    PeerAddress,
+    Prefill,
+    Readings,
+    Reserve,
+    Role,
+    TransferFailed,
+    WorkerStats,
+)
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +102,9 @@ class PrefillWorker:
         else:
             kv_cache, pool = model.new_kv_cache(), BlockPool(model.num_blocks)
             self._stepper = self._new_stepper(config, open_batch_runner(model, kv_cache), pool, None)
-            self._sending = SendSide(kv_cache, config.transfer, self._on_transfer_ended)
+            self._sending = SendSide(
+                kv_cache, config.transfer, self._on_transfer_ended, lambda error: self.service.on_dead(error)
+            )
         self.service = WorkerService(config.service, registration, self)
         compute.add(self._stepper, self.service.on_dead)
 
@@ -214,6 +228,8 @@ class PrefillWorker:
                 self._sender.ready(emission.transfer_id, emission.cells)
         elif isinstance(emission, PromptFailed):
             self._fail(emission.transfer_id, emission.reason)
+        elif isinstance(emission, ReadingsReady):
+            self._deliver_readings(emission)
         else:
             self._deliver(emission)
 
@@ -246,6 +262,18 @@ class PrefillWorker:
         self.service.release(transfer_id)
         if is_open:
             self._sender.abort(transfer_id, "finished with its first token")
+
+    def _deliver_readings(self, ready: ReadingsReady) -> None:
+        message = Readings(
+            transfer_id=ready.transfer_id,
+            labels=ready.labels,
+            prompt=ready.prompt,
+            num_cached_tokens=ready.num_cached_tokens,
+            queue_s=ready.queue_s,
+            prefill_s=ready.prefill_s,
+        )
+        self.service.tell(ready.transfer_id, message)
+        self.service.release(ready.transfer_id)
 
     def _on_transfer_ended(self, transfer_id: int, failure: str | None) -> None:
         self._open_transfers.discard(transfer_id)

@@ -13,7 +13,7 @@ History of WIRE_VERSION (raise it when an old peer would misread a new message):
     1  first version
     2  peers: staging and checksum are agreed on; each end says Tested before the connection is used
     3  a prompt may be followed by what was emitted before, computed by prefill: FirstToken is the token after that
-    4  sampling may carry a grammar, which an old worker would ignore
+    4  sampling may carry a grammar, and a prompt may be computed for a readout: an old worker would ignore both
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import msgspec
 
 from protocol.errors import ProtocolError
 from protocol.kv_layout import KVFingerprint, Staging
+from protocol.readout import MAX_EMBEDDING_FLOATS, MAX_LABELS, PromptLogprobs, Readout
 from protocol.request import SamplingParams, TokenId, TokenRow
 
 WIRE_VERSION = 4
@@ -160,6 +161,21 @@ class FirstToken(Message, frozen=True, kw_only=True):
     prefill_s: float
 
 
+class Readings(Message, frozen=True, kw_only=True):
+    """Prefill worker: what was read off a prompt (`protocol/readout.py`); it holds nothing of the placement any more.
+
+    Of the three kinds the one that the readout asked for is set. Times are durations in seconds.
+    """
+
+    transfer_id: Id
+    labels: Annotated[tuple[float, ...], msgspec.Meta(max_length=MAX_LABELS)] = ()
+    prompt: PromptLogprobs | None = None
+    embedding: Annotated[bytes, msgspec.Meta(max_length=4 * MAX_EMBEDDING_FLOATS)] = b""
+    num_cached_tokens: Count
+    queue_s: float
+    prefill_s: float
+
+
 class Tokens(Message, frozen=True, kw_only=True):
     """Decode worker: one message per step with every row that goes to this router."""
 
@@ -237,6 +253,7 @@ class Prefill(Message, frozen=True, kw_only=True):
 
     `emitted` are output tokens of earlier placements that are computed like the prompt's: the first token follows them.
     `deadline_s` is how long from now the first token may take: it orders the queue, it does not cancel.
+    With a `readout` nothing is sampled: there is no decode worker, `Readings` are the answer.
     """
 
     request_id: Id
@@ -248,6 +265,7 @@ class Prefill(Message, frozen=True, kw_only=True):
     sampling: SamplingParams
     deadline_s: float
     cache_salt: Name = ""
+    readout: Readout | None = None
 
 
 class Abort(Message, frozen=True, kw_only=True):
@@ -362,7 +380,7 @@ class PeerAbort(Message, frozen=True, kw_only=True):
 
 
 HandshakeMessage = Challenge | Proof | Accept
-WorkerMessage = Register | Heartbeat | Links | FirstToken | Tokens | Declined | Preempted | TransferFailed
+WorkerMessage = Register | Heartbeat | Links | FirstToken | Readings | Tokens | Declined | Preempted | TransferFailed
 RouterMessage = Welcome | Dismissed | Pulse | Members | Reserve | Prefill | Abort | Drain
 PeerMessage = (
     PeerHello | PeerReady | PeerRefused | Tested | Credit | Grant | Piece | Commit | Landed | Resend | PeerAbort

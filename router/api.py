@@ -81,6 +81,7 @@ class GenerationFields(msgspec.Struct, frozen=True, kw_only=True):
     guided_choice: Choices | None = None
     guided_grammar: Pattern | None = None
     guided_whitespace_pattern: Whitespace | None = None
+    prompt_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -125,9 +126,10 @@ Prompt = str | list[str | TokenId | list[TokenId]]
 
 
 class CompletionRequest(GenerationFields, frozen=True, kw_only=True):
-    """Body of /v1/completions."""
+    """Body of /v1/completions. `max_tokens` 0 asks for the prompt alone."""
 
     prompt: Prompt
+    max_tokens: Annotated[int, Meta(ge=0, lt=1 << 31)] | None = None
     logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = None
 
@@ -158,7 +160,7 @@ _UNSUPPORTED: Final[dict[str, tuple[Any, ...]]] = {
     for name in (
         *("functions", "function_call", "audio", "prediction", "web_search_options", "documents"),
         *("structural_tag", "guided_decoding_backend", "chat_template"),
-        *("kv_transfer_params", "prompt_logprobs", "bad_words", "allowed_token_ids"),
+        *("kv_transfer_params", "bad_words", "allowed_token_ids"),
         *("logits_processors", "use_beam_search", "return_tokens_as_token_ids", "mm_processor_kwargs"),
         *("prompt_embeds", "prompt_token_ids", "return_prompt_text"),
     )
@@ -170,6 +172,7 @@ _UNSUPPORTED: Final[dict[str, tuple[Any, ...]]] = {
 # Fields that change nothing here: accepted without a word.
 _WITHOUT_EFFECT: Final = frozenset(
     {"store", "metadata", "service_tier", "session_id", "safety_identifier", "prompt_cache_key"}
+    | {"prompt_cache_options"}
 )
 _PATH: Final = re.compile(r" - at `\$\.([A-Za-z_]\w*)([^`]*)`$")
 _MISSING: Final = re.compile(r"missing required field `(\w+)`$")

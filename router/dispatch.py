@@ -17,7 +17,8 @@
 5. A stream whose client does not read is paused: it gives its placement up, and gets another when the client reads on.
 6. The streams of a draining decode worker are moved to another one with room, a few at a time; it goes on with those
    that would be finished sooner than moved, and with what nobody else has room for, until its own budget is over.
-7. Every accepted request ends with exactly one of Finish, Fail, Cancelled, and an Abort to whoever holds some of it.
+7. A readout needs a prefill worker alone and ends with its Readings; lost with its worker, it is read again elsewhere.
+8. Every accepted request ends with exactly one of Finish, Fail, Cancelled, and an Abort to whoever holds some of it.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ from typing import Final
 
 from protocol.block_hash import block_hashes, root_hash
 from protocol.errors import NotReady, RequestFailed
+from protocol.readout import ReadPrompt, does_answer
 from protocol.request import FinishReason, TokenRow
-from protocol.wire import Abort, Declined, FirstToken, Preempted, TransferFailed
+from protocol.wire import Abort, Declined, FirstToken, Preempted, Readings, TransferFailed
 from router.instructions import (
     Cancelled,
     Deliver,
@@ -39,6 +41,7 @@ from router.instructions import (
     IdSource,
     Instruction,
     Placed,
+    Read,
     Send,
     Submission,
     Terminal,
@@ -61,6 +64,9 @@ class Dispatch:
         max_placements: failed placements after which a request fails.
         placement_wait_s: how long a request may wait for a pair of workers.
         ids: makes transfer ids.
+
+    Attributes:
+        num_stale_tokens: tokens that counted for nothing, since their placement is history.
     """
 
     def __init__(self, registry: Registry, max_placements: int, placement_wait_s: float, ids: IdSource) -> None:
@@ -74,6 +80,7 @@ class Dispatch:
         self._queue: list[RequestState] = []
         self._order = itertools.count()
         self._has_freed = False
+        self.num_stale_tokens = 0
 
     @property
     def num_waiting(self) -> int:
@@ -153,7 +160,8 @@ class Dispatch:
             return []
         placement, row = request.placement, message.row
         expected = (request.request_id, request.epoch, placement.first_index)
-        if (row.request_id, row.epoch, row.index) != expected or not _is_token(row):
+        is_ours = (row.request_id, row.epoch, row.index) == expected and request.submission.readout is None
+        if not is_ours or not _is_token(row):
             return self._replace(request, f"{key.worker_id} sent a first token that is not ours", now_s)
         self.loads.computed(placement.transfer_id, placement.prefill)
         if placement.decode is None or row.finish_reason is not None:
@@ -171,15 +179,30 @@ class Dispatch:
             out = self._deliver(request, rows, message)
         return out + self._place_freed(now_s)
 
+    def readings(self, key: WorkerKey, message: Readings, now_s: float) -> list[Instruction]:
+        """Take what a prefill worker has read off the prompt of a placement: the request is complete."""
+        request = self._left(key, message.transfer_id)
+        if request is None:
+            return []
+        submission = request.submission
+        found = (message.labels, message.prompt, message.embedding)
+        if submission.readout is None or not does_answer(submission.readout, len(submission.prompt), *found):
+            return self._replace(request, f"{key.worker_id} sent readings that were not asked for", now_s)
+        out: list[Instruction] = [Read(request.request_id, message)]
+        out += self._end(request, Finish(request.request_id, FinishReason.STOP), "finished")
+        return out + self._place_freed(now_s)
+
     def tokens(self, key: WorkerKey, rows: Iterable[TokenRow], now_s: float) -> list[Instruction]:
         """Take the rows of one decode step."""
         out: list[Instruction] = []
         for row in rows:
             request = self._requests.get(row.request_id)
-            if request is None or row.epoch != request.epoch:
+            if request is None:
                 continue
             placement = request.placement
-            if placement is None or (placement.decode is not key and placement.decode != key):
+            is_ours = placement is not None and (placement.decode is key or placement.decode == key)
+            if placement is None or not is_ours or row.epoch != request.epoch:
+                self.num_stale_tokens += 1
                 continue
             tokens, is_more = request.tokens, placement.is_steady and row.finish_reason is None
             if is_more and row.index == len(tokens) and 0 <= row.token_id < NUM_TOKEN_IDS:
@@ -290,9 +313,9 @@ class Dispatch:
 
     def _place_waiting(self, now_s: float) -> list[Instruction]:
         out: list[Instruction] = []
-        is_blocked = self._has_freed = False
+        is_blocked = is_reading_blocked = self._has_freed = False
         for request in list(self._queue):
-            if is_blocked and request.needs_decode:
+            if (is_blocked and request.needs_decode) or (is_reading_blocked and request.submission.readout is not None):
                 continue
             demand = self._demand(request)
             if demand is None:
@@ -301,7 +324,10 @@ class Dispatch:
             pair = self.loads.choose(demand, resting)
             if pair is None:
                 # One that rests after a refusal lets others pass; one that waits for room does not.
-                is_blocked = is_blocked or not resting
+                if demand.is_readout:
+                    is_reading_blocked = is_reading_blocked or not resting
+                else:
+                    is_blocked = is_blocked or not resting
                 continue
             self._queue.remove(request)
             out += self._place(request, demand, pair.prefill_id, pair.decode_id, now_s)
@@ -326,6 +352,8 @@ class Dispatch:
             names=request.names,
             num_blocks=num_blocks_for(num_tokens, fingerprint.block_size),
             needs_decode=request.needs_decode,
+            is_readout=submission.readout is not None,
+            reads_cache=not isinstance(submission.readout, ReadPrompt),
         )
 
     def _place(

@@ -14,6 +14,8 @@ import msgspec
 
 from router.access import OPEN_PATHS
 from router.api import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from router.decisions import DecisionsRequest
+from router.readout_routes import RERANK_PATHS, SCORE_PATHS
 from router.response_objects import ResponseObject
 from router.response_request import ResponsesRequest
 from router.responses import (
@@ -29,6 +31,8 @@ from router.responses import (
     TokenizeAnswer,
     Version,
 )
+from router.scoring import RerankRequest, ScoreRequest
+from router.systemone import SystemOneRequest
 
 OPENAPI: Final = "3.1.0"
 # Described by reference only.
@@ -74,6 +78,10 @@ ENDPOINTS: Final[tuple[Endpoint, ...]] = (
     Endpoint("POST", "/v1/chat/completions", "generate", "Answer a conversation", ChatRequest, Answer, True),
     Endpoint("POST", "/v1/completions", "generate", "Go on with a text", CompletionRequest, Answer, True),
     Endpoint("POST", "/v1/responses", "generate", "Answer items, statelessly", ResponsesRequest, ResponseObject, True),
+    Endpoint("POST", "/v1/decisions", "read", "Answer typed questions about a text", DecisionsRequest),
+    Endpoint("POST", "/v1/systemone", "read", "Answer typed questions about a state", SystemOneRequest),
+    *(Endpoint("POST", path, "read", "How well documents fit a query", ScoreRequest) for path in SCORE_PATHS),
+    *(Endpoint("POST", path, "read", "Documents by how well they fit", RerankRequest) for path in RERANK_PATHS),
     Endpoint("POST", "/tokenize", "text", "Token ids of a text or conversation", TokenizeRequest, TokenizeAnswer),
     Endpoint("POST", "/detokenize", "text", "Text of token ids", DetokenizeRequest, DetokenizeAnswer),
     Endpoint("GET", "/v1/models", "server", "Names that are served", answer=ModelList),

@@ -7,20 +7,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import msgspec
 
 from protocol.errors import InvalidRequest
-from protocol.request import FinishReason
+from protocol.request import FinishReason, TokenLogprobs
 from router.api import ChatRequest, CompletionRequest
 from router.call_shapes import new_call_id, parser_for
-from router.intake import Job
+from router.intake import Job, PromptTokens
 from router.logprob_shapes import finite
+from router.prompt_logprobs import ReadPrompts
 from router.rpc import baton_v1_pb2 as pb
-from router.text import LoggedToken, Piece
+from router.text import Piece
 from router.tokenizer import Tokenizer
 from router.tool_calls import Call, CallParser, Content, Part
 
@@ -179,8 +180,9 @@ class _Progress:
 class MessageShape:
     """Shapes everything that is said about one request."""
 
-    def __init__(self, job: Job, tokenizer: Tokenizer, request_id: str) -> None:
+    def __init__(self, job: Job, tokenizer: Tokenizer, request_id: str, read: ReadPrompts | None = None) -> None:
         self._job = job
+        self._read = read
         self._tokenizer = tokenizer
         self._id = ("chatcmpl-" if job.is_chat else "cmpl-") + request_id
         self._created = int(time.time())
@@ -234,8 +236,10 @@ class MessageShape:
             choice.token_ids.extend(piece.token_ids)
             if is_first:
                 choice.prompt_token_ids.extend(asked.prompt.token_ids)
+        if is_first and self._read is not None:
+            choice.prompt_logprobs.extend(self._prompt_logged(asked.prompt, self._read))
         if (num_top := asked.sampling.num_logprobs) is not None:
-            choice.logprobs.extend(self._logged(logged, num_top) for logged in piece.logged)
+            choice.logprobs.extend(self._logged(one.token_id, one.logprobs, num_top) for one in piece.logged)
         if piece.finish_reason is not None:
             has_calls = progress.parser is not None and progress.parser.num_calls > 0
             is_call = has_calls and piece.finish_reason is FinishReason.STOP
@@ -246,10 +250,18 @@ class MessageShape:
             choice.stop_token_id = piece.stop_reason
         return choice
 
-    def _logged(self, logged: LoggedToken, num_top: int) -> pb.TokenLogprob:
-        told = logged.logprobs
-        top = [pb.TopLogprob(**self._named(token_id, value)) for token_id, value in told.top[:num_top]]
-        return pb.TokenLogprob(**self._named(logged.token_id, told.logprob), top_logprobs=top)
+    def _prompt_logged(self, prompt: PromptTokens, read: ReadPrompts) -> Iterator[pb.TokenLogprob]:
+        job = self._job
+        num_top = job.num_prompt_top if job.num_shown_top is None else job.num_shown_top
+        first = self._named(prompt.token_ids[0], 0.0)
+        del first["logprob"]
+        yield pb.TokenLogprob(**first)
+        for token_id, row in zip(prompt.token_ids[1:], read.of(prompt), strict=True):
+            yield self._logged(token_id, row, num_top or 0)
+
+    def _logged(self, token_id: int, told: TokenLogprobs, num_top: int) -> pb.TokenLogprob:
+        top = [pb.TopLogprob(**self._named(other_id, value)) for other_id, value in told.top[:num_top]]
+        return pb.TokenLogprob(**self._named(token_id, told.logprob), top_logprobs=top)
 
     def _named(self, token_id: int, logprob: float) -> dict[str, Any]:
         data = self._tokenizer.token_bytes(token_id)

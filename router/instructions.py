@@ -12,21 +12,31 @@ from dataclasses import dataclass
 import msgspec
 
 from protocol.errors import RequestFailed
+from protocol.readout import Readout
 from protocol.request import FinishReason, SamplingParams, TokenRow
-from protocol.wire import FirstToken, Message, Prefill, Reserve
+from protocol.wire import FirstToken, Message, Prefill, Readings, Reserve
 from router.members import WorkerKey
 
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """An accepted request. `first_token_due_s` is on the clock of the events; lower `priority` is placed earlier."""
+    """An accepted request; lower `priority` is placed earlier.
+
+    `first_token_due_s` is on the clock of the events; of a `readout` it is its readings'.
+    """
 
     request_id: int
     prompt: tuple[int, ...]
     sampling: SamplingParams
     first_token_due_s: float
     cache_salt: str = ""
+    readout: Readout | None = None
     priority: int = 0
+
+    @property
+    def needs_decode(self) -> bool:
+        """Whether more than a prefill worker is needed."""
+        return self.readout is None and self.sampling.max_tokens > 1
 
     def reserve(
         self, transfer_id: int, epoch: int, prefill_id: str, emitted: tuple[int, ...], is_replayed: bool
@@ -66,6 +76,7 @@ class Submission:
             sampling=self.sampling,
             deadline_s=self.first_token_due_s - now_s,
             cache_salt=self.cache_salt,
+            readout=self.readout,
         )
 
 
@@ -97,6 +108,14 @@ class Deliver(msgspec.Struct, frozen=True):
 
 
 @dataclass(frozen=True, slots=True)
+class Read:
+    """Instruction: give a client what was read off its prompt; Finish follows."""
+
+    request_id: int
+    readings: Readings
+
+
+@dataclass(frozen=True, slots=True)
 class Finish:
     """Terminal instruction: the request is complete."""
 
@@ -120,7 +139,7 @@ class Cancelled:
 
 
 Terminal = Finish | Fail | Cancelled
-Instruction = Send | Placed | Deliver | Terminal
+Instruction = Send | Placed | Deliver | Read | Terminal
 
 
 class IdSource:

@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 from protocol.errors import ContextTooLong, InvalidRequest, RequestRejected, UnknownModel
+from protocol.readout import MAX_PROMPT_VALUES
 from protocol.request import MAX_SEED, Grammar, SamplingParams
 from router.api import (
     MAX_CHOICES,
@@ -41,10 +42,11 @@ _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant"
 
 @dataclass(frozen=True, slots=True)
 class PromptTokens:
-    """One prompt. `echo` is its text if the answer repeats it."""
+    """One prompt. `echo` is its text if the answer repeats it, as `is_echoed` says."""
 
     token_ids: tuple[int, ...]
     echo: str = ""
+    is_echoed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,9 @@ class Job:
         priority: lower ones are served earlier.
         tools: functions that the answer may call.
         response: the body of /v1/responses that it came from, if it did.
+        num_prompt_top: how many of the likeliest tokens are read beside each prompt token; None reads no prompt.
+        num_shown_top: of these, how many `prompt_logprobs` shows; None shows none.
+        is_prompt_only: nothing is generated.
     """
 
     is_chat: bool
@@ -84,6 +89,9 @@ class Job:
     tools: ToolUse | None = None
     response: ResponsesRequest | None = None
     grammar_field: str = ""
+    num_prompt_top: int | None = None
+    num_shown_top: int | None = None
+    is_prompt_only: bool = False
 
     def with_grammar(self, grammar: Grammar) -> Job:
         """Return the job with every choice bound by a grammar."""
@@ -148,6 +156,9 @@ class Intake:
             priority=request.priority or 0,
             tools=tools,
             grammar_field="" if structured is None else structured.field,
+            num_prompt_top=_num_prompt_top(request, prompts),
+            num_shown_top=request.prompt_logprobs,
+            is_prompt_only=request.max_tokens == 0 and isinstance(request, CompletionRequest),
         )
         return job if structured is None else job.with_grammar(structured.grammar)
 
@@ -195,8 +206,6 @@ class Intake:
         return self._checked(ids, "messages", max_model_len)
 
     def _completion_prompts(self, request: CompletionRequest, max_model_len: int) -> list[PromptTokens]:
-        if request.echo and request.logprobs is not None:
-            raise InvalidRequest("echo together with logprobs is not supported", "echo")
         parts = split_prompts(request.prompt)
         if len(parts) > MAX_PROMPTS:
             raise InvalidRequest(f"prompt: at most {MAX_PROMPTS} prompts in one request", "prompt")
@@ -213,7 +222,7 @@ class Intake:
             prompt = self._checked(ids, "prompt", max_model_len)
             if request.echo:
                 text = part if isinstance(part, str) and is_whole else self._tokenizer.decode(ids, skip_special=False)
-                prompt = PromptTokens(prompt.token_ids, text)
+                prompt = PromptTokens(prompt.token_ids, text, is_echoed=True)
             prompts.append(prompt)
         return prompts
 
@@ -275,7 +284,7 @@ class Intake:
             presence_penalty=_or(request.presence_penalty, 0.0),
             frequency_penalty=_or(request.frequency_penalty, 0.0),
             logit_bias=self._logit_bias(request.logit_bias or {}),
-            max_tokens=max_tokens,
+            max_tokens=max(1, max_tokens),
             min_tokens=min_tokens,
             ignore_eos=bool(request.ignore_eos),
             stop_token_ids=self._known(request.stop_token_ids or (), "stop_token_ids"),
@@ -391,6 +400,24 @@ def _num_logprobs(request: GenerationFields) -> int | None:
             raise InvalidRequest("top_logprobs needs logprobs to be true", "top_logprobs")
         return None
     return request.top_logprobs or 0
+
+
+def _num_prompt_top(request: GenerationFields, prompts: Sequence[PromptTokens]) -> int | None:
+    """Return how many of the likeliest tokens are to be read beside each prompt token, or None to read none."""
+    if request.prompt_logprobs is not None and request.stream:
+        raise InvalidRequest("prompt_logprobs: not available in a stream", "prompt_logprobs")
+    wanted = [] if request.prompt_logprobs is None else [(request.prompt_logprobs, "prompt_logprobs")]
+    if isinstance(request, CompletionRequest) and request.echo and request.logprobs is not None:
+        wanted.append((request.logprobs, "logprobs"))
+    for num_top, param in wanted:
+        for prompt in prompts:
+            if len(prompt.token_ids) * (1 + num_top) > MAX_PROMPT_VALUES:
+                raise InvalidRequest(
+                    f"{param}: {len(prompt.token_ids)} prompt tokens with {1 + num_top} log probabilities each are "
+                    f"more than {MAX_PROMPT_VALUES}",
+                    param,
+                )
+    return max((num_top for num_top, _ in wanted), default=None)
 
 
 def _or(value: Any, default: Any) -> Any:

@@ -1,7 +1,8 @@
 """What each worker is expected to be busy with: our own placements at once, everybody else's by heartbeat. Pure.
 
 1. A placement counts from the moment it is sent. 2. Its prompt leaves the prefill queue with the first token. 3. Its
-blocks on the decode worker grow with its tokens. 4. It ends once, on each side.
+blocks on the decode worker grow with its tokens. 4. It ends once, on each side. 5. Readouts take at most half of the
+places of a prefill worker: what owes a first token always finds one of the others, or waits for its own kind.
 """
 
 from __future__ import annotations
@@ -23,12 +24,16 @@ class Demand:
         names: names of the full blocks of the prompt.
         num_blocks: blocks that it will need on the decode worker before it has grown.
         needs_decode: False if it ends with its first token.
+        is_readout: nobody waits for a first token of it.
+        reads_cache: False if no block of its prompt can be taken from the prefix cache.
     """
 
     num_prompt_tokens: int
     names: tuple[BlockHash, ...]
     num_blocks: int
     needs_decode: bool
+    is_readout: bool = False
+    reads_cache: bool = True
 
 
 @dataclass(slots=True)
@@ -38,6 +43,7 @@ class _Load:
     queued: dict[int, int] = field(default_factory=dict)
     queued_tokens: int = 0
     held: set[int] = field(default_factory=set)
+    readouts: set[int] = field(default_factory=set)
     foreign_tokens: int = 0
     foreign_blocks: int = 0
 
@@ -51,7 +57,11 @@ class Loads:
 
     def choose(self, demand: Demand, excluded: Collection[str]) -> Pair | None:
         """Return the best pair for a demand outside the excluded workers, or None if there is none now."""
-        prefills = [self._prefill(w, demand) for w in self._registry.prefills if self._takes(w, excluded)]
+        prefills = [
+            self._prefill(w, demand)
+            for w in self._registry.prefills
+            if self._takes(w, excluded) and not (demand.is_readout and self._has_its_readouts(w))
+        ]
         if not demand.needs_decode:
             return choose(demand.num_prompt_tokens, prefills, None)
         decodes = [self._decode(w, demand) for w in self._registry.decodes if self._takes(w, excluded)]
@@ -64,6 +74,8 @@ class Loads:
         load.queued[transfer_id] = num_tokens
         load.queued_tokens += num_tokens
         load.held.add(transfer_id)
+        if demand.is_readout:
+            load.readouts.add(transfer_id)
         load.memory.note(demand.names)
         if decode is not None:
             load = self._of(decode)
@@ -88,6 +100,7 @@ class Loads:
         if load is not None:
             load.queued_tokens -= load.queued.pop(transfer_id, 0)
             load.held.discard(transfer_id)
+            load.readouts.discard(transfer_id)
             load.ledger.remove(transfer_id)
 
     def heartbeat(self, worker: Worker) -> None:
@@ -106,6 +119,9 @@ class Loads:
         is_full = len(self._of(worker.key).held) >= max(1, worker.registration.max_num_seqs)
         return worker.role is not Role.PREFILL or not is_full
 
+    def _has_its_readouts(self, worker: Worker) -> bool:
+        return len(self._of(worker.key).readouts) >= max(1, worker.registration.max_num_seqs // 2)
+
     def _of(self, key: WorkerKey) -> _Load:
         load = self._loads.get(key)
         if load is None:
@@ -116,6 +132,8 @@ class Loads:
 
     def _cached_tokens(self, load: _Load, demand: Demand) -> int:
         block_size = self._registry.fingerprint.block_size if self._registry.fingerprint is not None else 1
+        if not demand.reads_cache:
+            return 0
         # The last token is always computed.
         return min(load.memory.num_held(demand.names) * block_size, demand.num_prompt_tokens - 1)
 

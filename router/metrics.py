@@ -86,7 +86,14 @@ class Metrics:
                                registry=self._registry)  # fmt: skip
         for reason in ("not_ready", "placements", "cancelled"):
             self._failed.labels(reason)
+        self._stale = Counter("baton_stale_tokens", "Tokens of placements and workers given up, which were dropped.",
+                              registry=self._registry)  # fmt: skip
+        self._num_stale = 0
         self._shed = Counter("baton_requests_shed", "Requests answered with 429.", registry=self._registry)
+        self._readouts = Histogram("baton_readout_seconds", "Arrival of a request to one of its readings.", ("kind",),
+                                   buckets=_LONG, registry=self._registry)  # fmt: skip
+        for kind in ("labels", "prompt", "embedding"):
+            self._readouts.labels(kind)
         self._running = self._gauge("baton_num_requests_running", "Requests with workers.", "vllm:num_requests_running")
         self._waiting = self._gauge("baton_num_requests_waiting", "Requests without.", "vllm:num_requests_waiting")
 
@@ -157,6 +164,10 @@ class Metrics:
         if timeline.first_token_s is not None and timeline.finished_s is not None:
             self._decode.observe(timeline.finished_s - timeline.first_token_s)
 
+    def read(self, kind: str, took_s: float) -> None:
+        """Observe a readout; what has no tokens has no time per token."""
+        self._readouts.labels(kind).observe(took_s)
+
     def failed(self, reason: str) -> None:
         """Count a choice that could not be completed."""
         self._failed.labels(reason).inc()
@@ -226,8 +237,10 @@ class Metrics:
             self._known.popitem(last=False)
         return known
 
-    def render(self, registry: Registry, num_running: int, num_waiting: int) -> bytes:
+    def render(self, registry: Registry, num_running: int, num_waiting: int, num_stale_tokens: int) -> bytes:
         """Return the text format, with gauges as of now."""
+        self._stale.inc(num_stale_tokens - self._num_stale)
+        self._num_stale = num_stale_tokens
         self._output_tokens.inc(self._num_new_tokens)
         self._num_new_tokens = 0
         self._running.set(num_running)

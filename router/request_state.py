@@ -69,7 +69,7 @@ class RequestState:
 
     @property
     def needs_decode(self) -> bool:
-        return self.submission.sampling.max_tokens > 1
+        return self.submission.needs_decode
 
     @property
     def is_worth_moving(self) -> bool:

@@ -22,6 +22,7 @@ from protocol.request import FinishReason
 from router.call_shapes import new_call_id, parser_for, said_in
 from router.intake import Job
 from router.logprob_shapes import chat_logprobs
+from router.prompt_logprobs import ReadPrompts
 from router.response_objects import (
     IncompleteDetails,
     OutputCall,
@@ -233,7 +234,8 @@ class ResponseShape:
         return [] if num_top is None else chat_logprobs(self._tokenizer, logged, num_top)
 
 
-def shape_of(job: Job, tokenizer: Tokenizer, answer_id: str | None = None) -> Shape:
-    """Return who shapes the answer to a job."""
-    kind = AnswerShape if job.response is None else ResponseShape
-    return kind(job, tokenizer, answer_id)
+def shape_of(job: Job, tokenizer: Tokenizer, answer_id: str | None = None, read: ReadPrompts | None = None) -> Shape:
+    """Return who shapes the answer to a job; `read` is what was read off its prompts, if it asked for that."""
+    if job.response is None:
+        return AnswerShape(job, tokenizer, answer_id, read)
+    return ResponseShape(job, tokenizer, answer_id)

@@ -47,12 +47,12 @@ class ChatLogprobs(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CompletionLogprobs(msgspec.Struct, frozen=True, kw_only=True):
-    """Log probabilities as completions report them: parallel lists."""
+    """Log probabilities as completions report them: parallel lists. Those of a prompt's first token are null."""
 
     text_offset: list[int]
-    token_logprobs: list[float]
+    token_logprobs: list[float | None]
     tokens: list[str]
-    top_logprobs: list[dict[str, float]]
+    top_logprobs: list[dict[str, float] | None]
 
 
 Logprobs = ChatLogprobs | CompletionLogprobs
@@ -90,6 +90,7 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
     stop_reason: str | int | None = None
     token_ids: list[int] | UnsetType = UNSET
     prompt_token_ids: tuple[int, ...] | UnsetType = UNSET
+    prompt_logprobs: list[dict[str, Any] | None] | UnsetType = UNSET
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
@@ -102,6 +103,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     choices: list[Choice]
     usage: Usage | None | UnsetType = UNSET
     prompt_token_ids: tuple[int, ...] | UnsetType = UNSET
+    prompt_logprobs: list[dict[str, Any] | None] | UnsetType = UNSET
 
 
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):

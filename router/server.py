@@ -23,6 +23,7 @@ import msgspec
 from aiohttp import web
 
 from protocol.errors import InvalidRequest, NotReady, Overloaded, RequestFailed, RequestRejected, Unauthorized
+from protocol.request import FinishReason
 from protocol.wire import Role
 from router.access import Access
 from router.api import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, parse
@@ -33,6 +34,8 @@ from router.endpoints import ENDPOINTS, document
 from router.event_stream import EventStream
 from router.intake import Job
 from router.metrics import CONTENT_TYPE, Metrics
+from router.prompt_logprobs import read_prompts
+from router.readout_routes import ReadoutRoutes
 from router.response_request import ResponsesRequest
 from router.response_shape import shape_of
 from router.responses import (
@@ -86,6 +89,7 @@ class HttpServer:
         post("/v1/chat/completions", self._chat)
         post("/v1/completions", self._complete)
         post("/v1/responses", self._respond)
+        ReadoutRoutes(self._core, self._config.served_model_names[0], self._read, self._salt).add_to(app)
         post("/tokenize", self._tokenize)
         post("/detokenize", self._detokenize)
         get("/v1/models", self._models)
@@ -125,11 +129,14 @@ class HttpServer:
             return await self._resume(request, kind, arrived_s)
         self._switchboard.check_capacity()  # before a large body is read
         body = await self._read(request)
-        job = await self._core.admit(len(body), partial(self._job, request, body, kind))
-        request_id = job.request_id
-        request[REQUEST_ID] = name = _request_id(request) or request_id or request[REQUEST_ID]
+        with self._core.admission():
+            job = await self._core.admit(len(body), partial(self._job, request, body, kind))
+        request[REQUEST_ID] = name = _request_id(request) or job.request_id or request[REQUEST_ID]
+        read = await read_prompts(self._core, job, arrived_s)
+        shape = shape_of(job, self._tokenizer, name, read)
+        if job.is_prompt_only:
+            return await self._prompt_alone(request, shape, job)
         session = self._core.open(job, arrived_s)
-        shape = shape_of(job, self._tokenizer, name)
         try:
             if job.is_stream:
                 return await self._stream(request, session, shape)
@@ -144,12 +151,13 @@ class HttpServer:
         claim = claim_of(request.headers, _request_id(request), self._config.max_resume_s, asked)
         kept = self._kept.find(claim)
         if kept is None:
-            job = await self._core.admit(len(body), partial(self._job, request, body, kind, claim=claim))
-            # The same client may have been faster on another connection.
-            kept = self._kept.find(claim)
-            if kept is None:
-                session = self._core.open(job, arrived_s)
-                kept = self._kept.keep(claim, session, shape_of(job, self._tokenizer, claim.request_id))
+            with self._core.admission():
+                job = await self._core.admit(len(body), partial(self._job, request, body, kind, claim=claim))
+                # The same client may have been faster on another connection.
+                kept = self._kept.find(claim)
+                if kept is None:
+                    session = self._core.open(job, arrived_s)
+                    kept = self._kept.keep(claim, session, shape_of(job, self._tokenizer, claim.request_id))
         return await self._kept.read(kept, request, claim)
 
     def _job(
@@ -166,8 +174,26 @@ class HttpServer:
         job = self._intake.job(parsed, max_model_len)
         if claim is not None and not (job.is_stream and len(job.choices) == 1):
             raise InvalidRequest("X-Resume-For: only streams with one choice can be resumed", "X-Resume-For")
-        salt = self._access.salt(request[TENANT], job.cache_salt)
+        if claim is not None and (job.is_prompt_only or job.num_prompt_top is not None):
+            raise InvalidRequest("X-Resume-For: streams that tell about their prompt cannot be resumed", "X-Resume-For")
+        salt = self._salt(request, job.cache_salt)
         return job if salt == job.cache_salt else replace(job, cache_salt=salt)
+
+    def _salt(self, request: web.Request, cache_salt: str) -> str:
+        return self._access.salt(request[TENANT], cache_salt)
+
+    async def _prompt_alone(self, request: web.Request, shape: Shape, job: Job) -> web.StreamResponse:
+        """Answer where nothing is generated: a prompt echoed, or told about."""
+        ended = Piece(finish_reason=FinishReason.LENGTH)
+        if not job.is_stream:
+            return _json(shape.answer([ended for _ in job.choices]))
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
+        await response.prepare(request)
+        for choice in job.choices:
+            await response.write(shape.chunk(choice.index, Piece(finish_reason=FinishReason.LENGTH)))
+        await response.write(shape.closing())
+        await response.write_eof()
+        return response
 
     async def _whole(self, session: Session, shape: Shape) -> web.StreamResponse:
         choices = [Piece() for _ in session.job.choices]
@@ -258,7 +284,9 @@ class HttpServer:
 
     async def _show_metrics(self, _: web.Request) -> web.Response:
         dispatch = self._switchboard.dispatch
-        body = self._metrics.render(self._switchboard.registry, dispatch.num_running, dispatch.num_waiting)
+        body = self._metrics.render(
+            self._switchboard.registry, dispatch.num_running, dispatch.num_waiting, dispatch.num_stale_tokens
+        )
         return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE})
 
     async def _version(self, _: web.Request) -> web.Response:

@@ -16,14 +16,15 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 import msgspec
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
 from protocol.errors import RequestFailed
 from protocol.request import FinishReason
 from router.call_shapes import delta_of, parser_for, said_in
 from router.intake import Choice as JobChoice
-from router.intake import Job
+from router.intake import Job, PromptTokens
 from router.logprob_shapes import chat_logprobs, finite
+from router.prompt_logprobs import ReadPrompts, by_token_id, echoed, followed_by, plain_token, top_of
 from router.responses import (
     Answer,
     AnswerMessage,
@@ -37,7 +38,7 @@ from router.responses import (
     encode_json,
     usage_of,
 )
-from router.text import LoggedToken, Piece
+from router.text import Piece
 from router.tokenizer import Tokenizer
 from router.tool_calls import Content
 
@@ -61,10 +62,14 @@ class AnswerShape:
 
     Args:
         answer_id: the request's own id, or None to make one.
+        read: what was read off the prompts, if the job wants it.
     """
 
-    def __init__(self, job: Job, tokenizer: Tokenizer, answer_id: str | None = None) -> None:
+    def __init__(
+        self, job: Job, tokenizer: Tokenizer, answer_id: str | None = None, read: ReadPrompts | None = None
+    ) -> None:
         self._job = job
+        self._read = read
         self._tokenizer = tokenizer
         prefix = "chatcmpl-" if job.is_chat else "cmpl-"
         self.answer_id = prefix + (answer_id or secrets.token_hex(12))
@@ -194,8 +199,14 @@ class AnswerShape:
                 choices=[self._choice(i, piece, True, is_chunk=False) for i, piece in enumerate(pieces)],
                 usage=self.usage,
                 prompt_token_ids=self._job.prompts[0].token_ids if has_prompt else UNSET,
+                prompt_logprobs=self._prompt_logprobs(self._job.prompts[0]) if self._job.is_chat else UNSET,
             )
         )
+
+    def _prompt_logprobs(self, prompt: PromptTokens) -> list[dict[str, Any] | None] | UnsetType:
+        if self._read is None or self._job.num_shown_top is None:
+            return UNSET
+        return by_token_id(self._tokenizer, prompt, self._read.of(prompt), self._job.num_shown_top)
 
     def _choice(self, index: int, piece: Piece, is_first: bool, is_chunk: bool, delta: Delta | None = None) -> Choice:
         job, choice = self._job, self._job.choices[index]
@@ -205,6 +216,8 @@ class AnswerShape:
             shown["text"] = (choice.prompt.echo if is_first else "") + piece.text
             if is_first and job.returns_token_ids:
                 shown["prompt_token_ids"] = choice.prompt.token_ids
+            if not is_chunk:
+                shown["prompt_logprobs"] = self._prompt_logprobs(choice.prompt)
         elif delta is not None:
             shown["delta"] = delta
         elif is_chunk:
@@ -220,7 +233,7 @@ class AnswerShape:
         is_call = has_calls and piece.finish_reason is FinishReason.STOP
         return Choice(
             index=index,
-            logprobs=self._logprobs(choice, piece),
+            logprobs=self._logprobs(choice, piece, is_first),
             finish_reason="tool_calls" if is_call else piece.finish_reason,
             stop_reason=piece.stop_reason,
             token_ids=piece.token_ids if job.returns_token_ids else UNSET,
@@ -229,7 +242,7 @@ class AnswerShape:
 
     # --- log probabilities ---
 
-    def _logprobs(self, choice: JobChoice, piece: Piece) -> Logprobs | None:
+    def _logprobs(self, choice: JobChoice, piece: Piece, is_first: bool) -> Logprobs | None:
         if choice.sampling.num_logprobs is None:
             return None
         num_top = choice.sampling.num_logprobs
@@ -240,27 +253,17 @@ class AnswerShape:
         for logged in piece.logged:
             text = self._tokenizer.token_text(logged.token_id)
             offsets.append(len(choice.prompt.echo) + progress.num_logged_chars)
-            tokens.append(self._plain(logged.token_id))
+            tokens.append(plain_token(self._tokenizer, logged.token_id))
             progress.num_logged_chars += len(text)
-        return CompletionLogprobs(
+        own = CompletionLogprobs(
             text_offset=offsets,
             token_logprobs=[finite(logged.logprobs.logprob) for logged in piece.logged],
             tokens=tokens,
-            top_logprobs=[self._top(logged, num_top) for logged in piece.logged],
+            top_logprobs=[top_of(self._tokenizer, one.token_id, one.logprobs, num_top) for one in piece.logged],
         )
-
-    def _top(self, logged: LoggedToken, num_top: int) -> dict[str, float]:
-        found = {self._plain(token_id): finite(value) for token_id, value in logged.logprobs.top[:num_top]}
-        found.setdefault(self._plain(logged.token_id), finite(logged.logprobs.logprob))
-        return found
-
-    def _plain(self, token_id: int) -> str:
-        """Return a token as completions name it: parts of characters as `bytes:\\xe2`, so that they stay apart."""
-        data = self._tokenizer.token_bytes(token_id)
-        try:
-            return data.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+        if self._read is None or not is_first or not choice.prompt.is_echoed:
+            return own
+        return followed_by(echoed(self._tokenizer, choice.prompt, self._read.of(choice.prompt), num_top), own)
 
 
 def event(value: Any) -> bytes:

@@ -9,6 +9,7 @@
 2. Tokens become text here, at once, so that a stop string aborts the workers before their next step. While a session's
    handler waits, its pieces go to the handler's sink at once; what the sink does not take wakes the handler.
 3. The first failure of a choice fails its session. Closing a session cancels whatever of it still runs.
+4. Readouts have sessions of their own (router/reading.py), and the same admission.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from protocol.channel import Conversation
 from protocol.errors import NotReady, Overloaded, RequestFailed
@@ -30,6 +31,7 @@ from protocol.wire import (
     Members,
     Preempted,
     Pulse,
+    Readings,
     Register,
     Role,
     Tokens,
@@ -38,11 +40,24 @@ from protocol.wire import (
 )
 from router.config import RouterConfig
 from router.dispatch import Dispatch
-from router.instructions import Cancelled, Deliver, Fail, Finish, IdSource, Instruction, Placed, Send, Submission
+from router.instructions import (
+    Cancelled,
+    Deliver,
+    Fail,
+    Finish,
+    IdSource,
+    Instruction,
+    Placed,
+    Read,
+    Send,
+    Submission,
+    Terminal,
+)
 from router.intake import Choice, Job
 from router.members import Refusal, Registry, Worker, WorkerKey
 from router.metrics import Metrics
 from router.pace import Pace
+from router.reading import Readers, ReadQuery, ReadSession
 from router.text import ChoiceText, Piece
 from router.tokenizer import Tokenizer
 
@@ -177,6 +192,14 @@ class Switchboard:
         self.pace = Pace()
         self.dispatch = Dispatch(self.registry, config.max_placements, config.placement_wait_s, self._ids)
         self._runs: dict[int, ChoiceRun] = {}
+        self._readers = Readers(
+            self._ids,
+            metrics,
+            lambda submission: self._run(self.dispatch.submit(submission, clock())),
+            lambda request_id: self._run(self.dispatch.cancel(request_id, clock())),
+            self._due_s,
+            clock,
+        )
         self._todo: deque[Instruction] = deque()
         self._is_running = False
         self._channels: dict[WorkerKey, Conversation] = {}
@@ -194,11 +217,11 @@ class Switchboard:
 
     @property
     def num_requests(self) -> int:
-        """Unfinished choices."""
-        return len(self._runs)
+        """Unfinished choices and readouts."""
+        return len(self._runs) + self._readers.num_unread
 
-    def check_capacity(self, num_choices: int = 1) -> int:
-        """Return the context length, or refuse before any work is done.
+    def check_capacity(self, num_choices: int = 1, is_readout: bool = False) -> int:
+        """Return the context length, or refuse before any work is done. Readouts wait only for each other.
 
         Raises:
             NotReady: draining, or no worker has registered yet.
@@ -209,16 +232,17 @@ class Switchboard:
         max_model_len = self.max_model_len
         if max_model_len is None:
             raise NotReady("no worker has registered yet: " + ", ".join(self.registry.missing()))
-        if len(self._runs) + num_choices > self._config.max_num_requests:
+        if self.num_requests + num_choices > self._config.max_num_requests:
             self._metrics.shed()
             raise Overloaded(
-                f"{len(self._runs)} requests are unfinished, the limit is {self._config.max_num_requests}",
+                f"{self.num_requests} requests are unfinished, the limit is {self._config.max_num_requests}",
                 OVERLOAD_RETRY_S,
             )
-        if (wait_s := self.pace.wait_s()) > self._config.max_wait_s:
+        pace, what = (self._readers.pace, "a readout") if is_readout else (self.pace, "a first token")
+        if (wait_s := pace.wait_s()) > self._config.max_wait_s:
             self._metrics.shed()
             raise Overloaded(
-                f"a first token would take some {wait_s:.1f} s, the limit is {self._config.max_wait_s:g} s",
+                f"{what} would take some {wait_s:.1f} s, the limit is {self._config.max_wait_s:g} s",
                 wait_s - self._config.max_wait_s,
             )
         return max_model_len
@@ -234,15 +258,28 @@ class Switchboard:
             session.request_ids.append(request_id)
             self._runs[request_id] = ChoiceRun(session, choice, ChoiceText(self._tokenizer, job.text), arrived_s)
             num_tokens = len(choice.prompt.token_ids)
-            due_s = arrived_s + self._config.ttft_slo_s + num_tokens * self._config.ttft_slo_per_token_s
-            due_s += job.priority * PRIORITY_STEP_S
+            due_s = arrived_s + self._due_s(num_tokens) + job.priority * PRIORITY_STEP_S
             submission = Submission(
-                request_id, choice.prompt.token_ids, choice.sampling, due_s, job.cache_salt, job.priority
+                request_id,
+                choice.prompt.token_ids,
+                choice.sampling,
+                due_s,
+                job.cache_salt,
+                priority=job.priority,
             )
             self._metrics.accepted(num_tokens)
             self.pace.begin(request_id, num_tokens, now_s)
             self._run(self.dispatch.submit(submission, now_s))
         return session
+
+    def open_readouts(self, queries: Sequence[ReadQuery], cache_salt: str, arrived_s: float) -> ReadSession:
+        """Submit readouts; the caller must close the session. Raises as `check_capacity` does."""
+        self.check_capacity(len(queries), is_readout=True)
+        self.idle.clear()
+        return self._readers.open(queries, cache_salt, arrived_s)
+
+    def _due_s(self, num_prompt_tokens: int) -> float:
+        return self._config.ttft_slo_s + num_prompt_tokens * self._config.ttft_slo_per_token_s
 
     def _close(self, session: Session) -> None:
         for request_id in session.request_ids:
@@ -282,12 +319,16 @@ class Switchboard:
         """Take one message of a registered worker; those of instances that are gone count for nothing."""
         now_s = self._clock()
         if self.registry.find(key) is None:
+            if isinstance(message, Tokens):
+                self.dispatch.num_stale_tokens += len(message.rows)
             return
         match message:
             case Tokens():
                 self._run(self.dispatch.tokens(key, message.rows, now_s))
             case FirstToken():
                 self._run(self.dispatch.first_token(key, message, now_s))
+            case Readings():
+                self._run(self.dispatch.readings(key, message, now_s))
             case Heartbeat():
                 self._heartbeat(key, message, now_s)
             case Declined():
@@ -347,6 +388,7 @@ class Switchboard:
         for session in {run.session for run in self._runs.values()}:
             session.put(NotReady("the server is shutting down"))
             session.close()
+        self._readers.abandon()
 
     async def close(self) -> None:
         """Send what is queued and end every conversation with a worker."""
@@ -391,7 +433,7 @@ class Switchboard:
             self._run_all(self._todo)
         finally:
             self._is_running = False
-        if not self._runs:
+        if not self.num_requests:
             self.idle.set()
 
     def _run_all(self, todo: deque[Instruction]) -> None:
@@ -406,19 +448,28 @@ class Switchboard:
                 case Placed(request_id, _):
                     if run := self._runs.get(request_id):
                         run.timeline.placed(self._clock())
-                case Finish(request_id, reason):
-                    run = self._end(request_id)
-                    run.timeline.finished(self._clock())
-                    finished = run.piece.finish_reason if run.piece else None
-                    self._metrics.finished(run.timeline, finished or reason)
-                    run.session.end_choice()
-                case Fail(request_id, error):
-                    run = self._end(request_id)
-                    self._metrics.failed("not_ready" if isinstance(error, NotReady) else "placements")
-                    run.session.put(error)
-                case Cancelled(request_id):
-                    self._end(request_id)
-                    self._metrics.cancelled()
+                case Read(request_id, readings):
+                    self._readers.put(request_id, readings)
+                case Finish() | Fail() | Cancelled() as terminal:
+                    self._terminate(terminal)
+
+    def _terminate(self, terminal: Terminal) -> None:
+        """Give an accepted request its terminal record."""
+        if self._readers.has(terminal.request_id):
+            self._readers.end(terminal)
+            return
+        run = self._end(terminal.request_id)
+        match terminal:
+            case Finish(_, reason):
+                run.timeline.finished(self._clock())
+                finished = run.piece.finish_reason if run.piece else None
+                self._metrics.finished(run.timeline, finished or reason)
+                run.session.end_choice()
+            case Fail(_, error):
+                self._metrics.failed("not_ready" if isinstance(error, NotReady) else "placements")
+                run.session.put(error)
+            case Cancelled():
+                self._metrics.cancelled()
 
     def _end(self, request_id: int) -> ChoiceRun:
         self.pace.gone(request_id, self._clock())

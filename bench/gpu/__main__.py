@@ -112,6 +112,7 @@ def plan(stage: Stage, names: Sequence[str], peer_python: str) -> list[Section]:
             (piecewise.section, 15.0),
             (prefilling.section, 13.0),
             (kernel_cases.section, 25.0),
+            (profiling.section, 9.0),
         ),
     }
     sections = [Section("ceilings", "", 8.0, (Point("ceilings", {}, 0.0, lambda: _ceilings(stage)),))]

@@ -133,7 +133,14 @@ class Cases:
             for layer in range(min(_PREFILL_LAYERS, kv.shape[1]))
         ])  # fmt: skip
         work = attention_work(rig.shape, Load(1, num_tokens, num_tokens), DTYPE_BYTES)
-        return self._moved(seconds, work.num_bytes, work.float_operations)
+        figures = self._moved(seconds, work.num_bytes, work.float_operations)
+        return figures | {"torch_us": self._seconds([partial(self._torch_attention, query)] * _PREFILL_LAYERS) * 1e6}
+
+    def _torch_attention(self, query: Tensor) -> Tensor:
+        """Attend as torch's fused attention does to keys and values in one place: no prefix, no blocks."""
+        q = query.transpose(0, 1).unsqueeze(0)
+        kv = q[:, : self._rig.shape.num_kv_heads]
+        return functional.scaled_dot_product_attention(q, kv, kv, is_causal=True, enable_gqa=True)
 
     def _attention_inputs(self, batch: int, context_tokens: int, queries: int) -> tuple[Tensor, Tensor, Tensor, float]:
         rig, device = self._rig, self._rig.queue.device

@@ -77,4 +77,6 @@ class _Scratch:
         return paged_decode_attention(q, kv_layer, block_tables, seq_lens, scale, scratch)
 
     def _linear_on(self, device: torch.device) -> LinearScratch:
-        return self._linear.setdefault(device, LinearScratch.on(device))
+        if device not in self._linear:
+            self._linear[device] = LinearScratch.on(device)
+        return self._linear[device]

@@ -31,6 +31,9 @@ def test_prompts_in_chunks_and_steps_in_lanes_give_the_reference_tokens(tmp_path
     pair.prefill._runner = open_batch_runner(model, pair.prefill_kv)
     pair.decode._runner = open_decode_runner(model, pair.decode_kv, 4, said.append)
     assert isinstance(pair.prefill._runner, DeviceRunner) and isinstance(pair.decode._runner, LaneDecodeRunner)
+    before = pair.prefill_kv.tensor.clone()
+    pair.prefill._runner.rehearse()
+    assert torch.equal(pair.prefill_kv.tensor, before)
     assert said == ["decode steps are launched kernel by kernel: there are no graphs on a CPU"]
     for transfer_id, (prompt, sampling) in cases.items():
         for each in (plain, pair):

@@ -45,9 +45,20 @@ def gpu_model(folder: Path, shape: dict[str, Any], **options: Any) -> LoadedMode
 
 
 class DevicePair(Pair):
-    """Prefill and decode steppers as the two workers of a GPU have them, each with a KV cache of its own."""
+    """Prefill and decode steppers as the two workers of a GPU have them, each with a KV cache of its own.
 
-    def __init__(self, model: LoadedModel, *, eager: bool = False, max_lanes: int = 64) -> None:
+    Args:
+        prefill_model: what prompts are computed with where that is not the GPU: the KV goes through the host.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        *,
+        eager: bool = False,
+        max_lanes: int = 64,
+        prefill_model: LoadedModel | None = None,
+    ) -> None:
         super().__init__(model)
         self.said: list[str] = []
         size = model.fingerprint.block_size
@@ -59,9 +70,12 @@ class DevicePair(Pair):
             self.decode_pool, size, max_lanes, 0, model.max_model_len, self.runner.growth_blocks
         )
         self.decode = DecodeStepper(self.runner, self.decode_pool, scheduler, self.from_decode.append)
-        self.prefill_kv, pool = KVCache(model.fingerprint, model.num_blocks, model.device), BlockPool(model.num_blocks)
+        computing = prefill_model or model
+        computing.fingerprint.require_equal(model.fingerprint, "the prefill side")
+        self.prefill_kv = KVCache(computing.fingerprint, computing.num_blocks, computing.device)
+        pool = BlockPool(computing.num_blocks)
         self.prefill = PrefillStepper(
-            open_batch_runner(model, self.prefill_kv),
+            open_batch_runner(computing, self.prefill_kv),
             pool,
             PrefillScheduler(pool, size, 512),
             self.from_prefill.append,

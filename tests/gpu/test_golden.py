@@ -20,30 +20,42 @@ NUM_TOKENS = 64
 
 
 def _load(cache_dir: Path, dtype: str, **options: Any) -> LoadedModel:
-    config = EngineConfig(
-        model="smollm2", device="cuda", dtype=dtype, num_kv_blocks=4000, max_model_len=4096, **options
-    )
+    given: dict[str, Any] = {"device": "cuda", "num_kv_blocks": 4000, "max_model_len": 4096} | options
+    config = EngineConfig(model="smollm2", dtype=dtype, **given)
     try:
         return load(config, print, cache_dir)
     except ConfigError as error:
         pytest.skip(f"the model is not at hand: {error}")
 
 
-def _answers(model: LoadedModel, *, together: bool) -> list[list[int]]:
-    pair = DevicePair(model, max_lanes=32)
-    for number, entry in enumerate(GOLDEN["prompts"]):
+def _answers(
+    model: LoadedModel, *, together: bool, prefill_model: LoadedModel | None = None, num_prompts: int = 24
+) -> list[list[int]]:
+    pair = DevicePair(model, max_lanes=32, prefill_model=prefill_model)
+    for number, entry in enumerate(GOLDEN["prompts"][:num_prompts]):
         sampling = SamplingParams(seed=0, temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
         assert pair.place(number, entry["prompt"], sampling, [])
         if not together:
             pair.run()
     pair.run()
-    return [pair.tokens[number] for number in range(len(GOLDEN["prompts"]))]
+    return [pair.tokens[number] for number in range(num_prompts)]
 
 
 @pytest.mark.model
 def test_float32_gives_the_golden_tokens(cache_dir: Path) -> None:
     expected = [entry["tokens"][:NUM_TOKENS] for entry in GOLDEN["prompts"]]
     assert _answers(_load(cache_dir, "float32"), together=True) == expected
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_prompts_computed_on_a_cpu_are_decoded_on_the_gpu(cache_dir: Path, dtype: str) -> None:
+    on_cpu = _load(cache_dir, dtype, device="cpu", kernels="torch", num_kv_blocks=400)
+    answers = _answers(_load(cache_dir, dtype), together=True, prefill_model=on_cpu, num_prompts=12)
+    expected = [entry["tokens"][:NUM_TOKENS] for entry in GOLDEN["prompts"][:12]]
+    same = [ours == theirs for ours, theirs in zip(answers, expected, strict=True)]
+    begins = [ours[0] == theirs[0] for ours, theirs in zip(answers, expected, strict=True)]
+    assert all(same) if dtype == "float32" else sum(begins) >= 10
 
 
 @pytest.mark.model

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import msgpack
 import msgspec
+import numpy as np
 import pytest
 
 from protocol import wire
 from protocol.errors import ProtocolError
 from protocol.kv_layout import KVFingerprint
+from protocol.readout import Pooling, PromptLogprobs, ReadEmbedding, ReadLabels, ReadPrompt, does_answer, floats_of
 from protocol.request import FinishReason, SamplingParams, TokenLogprobs, TokenRow
 
 FINGERPRINT = KVFingerprint(model_hash="m", dtype="float32", block_size=16, num_layers=30, num_kv_heads=3, head_dim=64)
@@ -38,6 +40,15 @@ MESSAGES = [
         queue_s=0.1,
         prefill_s=0.2,
     ),
+    wire.Readings(transfer_id=1, labels=(-0.5, float("-inf")), num_cached_tokens=4, queue_s=0.0, prefill_s=0.5),
+    wire.Readings(
+        transfer_id=1,
+        prompt=PromptLogprobs.of(0, b"12345678", b"abcdefgh"),
+        num_cached_tokens=0,
+        queue_s=0,
+        prefill_s=0,
+    ),
+    wire.Readings(transfer_id=1, embedding=b"12345678", num_cached_tokens=0, queue_s=0, prefill_s=0),
     wire.Tokens(rows=(TokenRow(1, 2, 3, 4), TokenRow(1, 2, 4, 5, FinishReason.STOP))),
     wire.Declined(transfer_id=1, reason="full"),
     wire.Preempted(transfer_id=1),
@@ -51,6 +62,23 @@ MESSAGES = [
     ),
     wire.Prefill(
         request_id=1, transfer_id=2, epoch=1, decode_worker_id=None, prompt=(1, 2), sampling=SAMPLING, deadline_s=1.0
+    ),
+    *(
+        wire.Prefill(
+            request_id=1,
+            transfer_id=2,
+            epoch=1,
+            decode_worker_id=None,
+            prompt=(1,),
+            sampling=SAMPLING,
+            deadline_s=1.0,
+            readout=readout,
+        )
+        for readout in (
+            ReadLabels(token_ids=(5, 6)),
+            ReadPrompt(num_top=3),
+            ReadEmbedding(pooling=Pooling.MEAN, normalize=False),
+        )
     ),
     wire.Abort(transfer_id=1, reason="client left"),
     wire.Drain(),
@@ -134,7 +162,29 @@ def test_a_message_over_the_size_limit_is_refused_both_ways(monkeypatch: pytest.
     [("temperature", -1.0), ("top_p", 0.0), ("top_p", 1.5), ("max_tokens", 0), ("seed", -1), ("num_logprobs", 21)],
 )
 def test_sampling_out_of_bounds_is_refused(field: str, value: float) -> None:
-    plain = msgspec.to_builtins(MESSAGES[16])
+    plain = msgspec.to_builtins(next(m for m in MESSAGES if isinstance(m, wire.Reserve)))
     plain["sampling"][field] = value
     with pytest.raises(ProtocolError, match=field):
         wire.decode(msgpack.packb(plain))
+
+
+def test_rows_of_a_prompt_are_cut_and_joined_as_they_were() -> None:
+    values, integers = np.arange(60_000, dtype="<f4") / 8, np.arange(60_000, dtype="<i4")
+    packed = PromptLogprobs.of(2, values.tobytes(), integers.tobytes())
+    assert len(packed.values) > 1 and packed.num_rows == 20_000
+    rows = packed.rows()
+    assert rows[1] == TokenLogprobs(3 / 8, ((4, 4 / 8), (5, 5 / 8)), 3) and len(rows) == 20_000
+    assert does_answer(ReadPrompt(num_top=2), 20_001, (), packed, b"")
+    assert not does_answer(ReadPrompt(num_top=2), 20_000, (), packed, b"")
+    assert not does_answer(ReadPrompt(), 3, (), PromptLogprobs.of(0, b"1234" * 2, b"1234"), b"")
+    with pytest.raises(ValueError, match="rows of 2"):
+        PromptLogprobs.of(1, b"1234" * 3, b"1234" * 3).rows()
+
+
+def test_an_answer_must_be_of_the_kind_that_was_asked_for() -> None:
+    labels = ReadLabels(token_ids=(1, 2))
+    assert does_answer(labels, 5, (-0.1, float("-inf")), None, b"")
+    assert not does_answer(labels, 5, (-0.1,), None, b"")
+    assert not does_answer(labels, 5, (-0.1, float("nan")), None, b"")
+    assert not does_answer(ReadEmbedding(pooling=Pooling.LAST), 5, (), None, b"")
+    assert floats_of(np.array([0.5, -2.0], "<f4").tobytes()) == [0.5, -2.0]

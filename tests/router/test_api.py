@@ -282,10 +282,10 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": ["a"] * 65, "n": 2}, "n"),
     ({"logprobs": True}, "logprobs"),
     ({"logprobs": 21}, "logprobs"),
-    ({"echo": True, "logprobs": 1}, "echo"),
+    ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
     ({"suffix": "end"}, "suffix"),
     ({"use_beam_search": True}, "use_beam_search"),
-    ({"prompt_logprobs": 0}, "prompt_logprobs"),
+    ({"prompt_logprobs": 21}, "prompt_logprobs"),
 ]  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from protocol.request import FinishReason, TokenRow
 from protocol.wire import Abort, Declined, FirstToken, Preempted, Prefill, Reserve, TransferFailed
 from router.dispatch import Dispatch
-from router.instructions import Deliver, IdSource, Instruction, Placed, Send, Terminal
+from router.instructions import Deliver, IdSource, Instruction, Placed, Read, Send, Terminal
 from router.members import WorkerKey
 from tests.router.cluster import add, beat, cluster, first_token, link_all, row, submission
 
@@ -47,6 +47,7 @@ class World:
             elif isinstance(one, Placed):
                 assert one.request_id not in self.ended
             else:
+                assert not isinstance(one, Read), "nobody asks for readouts here"
                 assert one.request_id not in self.ended, "two terminal records"
                 self.ended[one.request_id] = one
 

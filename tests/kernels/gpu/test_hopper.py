@@ -15,7 +15,7 @@ import pytest
 from tests.kernels.gpu import hopper
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-# Some seventy compilations of a second or two on a small machine; nothing where Triton's cache holds them.
+# Over a hundred compilations of a second or two on a small machine; nothing where Triton's cache holds them.
 COMPILE_BUDGET_S = 600
 
 
