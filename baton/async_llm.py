@@ -19,12 +19,13 @@ from types import TracebackType
 from typing import Any, Self
 
 from baton.in_process import InProcess, configure
-from baton.outputs import CompletionOutput, RequestOutput
+from baton.outputs import CompletionOutput, Logprob, RequestOutput, logprobs_of
 from baton.sampling import SamplingParams
 from protocol.errors import InvalidRequest
 from router.api import ChatRequest, CompletionRequest, parse
 from router.core import Core
 from router.intake import Job
+from router.prompt_logprobs import ReadPrompts, read_prompts
 from router.responses import encode_json
 from router.switchboard import Session
 from router.text import Piece
@@ -69,11 +70,12 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """An open request."""
+    """An open request. `read` is what was read off its prompt, if that was asked for."""
 
     core: Core
     request: Request
     session: Session
+    read: ReadPrompts | None
 
     def output(self) -> RequestOutput:
         """Return an output without any token."""
@@ -81,7 +83,16 @@ class Run:
         if not isinstance(text, str):
             text = self.core.tokenizer.decode(prompt_ids, skip_special=False)
         outputs = [CompletionOutput(choice.index) for choice in self.session.job.choices]
-        return RequestOutput(self.request.request_id, text, list(prompt_ids), outputs)
+        told = self._prompt_logprobs()
+        return RequestOutput(self.request.request_id, text, list(prompt_ids), outputs, prompt_logprobs=told)
+
+    def _prompt_logprobs(self) -> list[dict[int, Logprob] | None] | None:
+        job = self.session.job
+        if self.read is None or job.num_shown_top is None:
+            return None
+        prompt, num_top, tokenizer = job.prompts[0], job.num_shown_top, self.core.tokenizer
+        rows = zip(prompt.token_ids[1:], self.read.of(prompt), strict=True)
+        return [None, *(logprobs_of(tokenizer, token_id, row, num_top) for token_id, row in rows)]
 
     def add(self, output: RequestOutput, events: list[tuple[int, Piece]]) -> None:
         """Add to an output what has happened."""
@@ -147,6 +158,7 @@ class AsyncLLM:
         *,
         deltas: bool = False,
         cache_salt: str | None = None,
+        priority: int = 0,
     ) -> AsyncGenerator[RequestOutput]:
         """Generate for one prompt. Cancel-safe: who stops reading ends the request.
 
@@ -156,6 +168,7 @@ class AsyncLLM:
             request_id: for `abort`; no other open request may have it.
             deltas: yield only what is new each time, instead of all there is so far.
             cache_salt: the KV of the prompt is shared only with prompts of the same salt.
+            priority: lower ones are served earlier.
 
         Yields:
             What there is of the request, after every token or few; the last one has `finished` set.
@@ -165,7 +178,7 @@ class AsyncLLM:
             RequestFailed: it could not be completed, or was aborted.
             EngineDead: the engine is closed or broken.
         """
-        request = new_request(prompt, None, sampling_params, request_id, cache_salt)
+        request = new_request(prompt, None, sampling_params, request_id, cache_salt, priority)
         async with aclosing(self._stream(request, deltas)) as outputs:
             async for output in outputs:
                 yield output
@@ -178,9 +191,10 @@ class AsyncLLM:
         *,
         deltas: bool = False,
         cache_salt: str | None = None,
+        priority: int = 0,
     ) -> AsyncGenerator[RequestOutput]:
         """Generate the next message of a conversation; otherwise as `generate`."""
-        request = new_request(None, messages, sampling_params, request_id, cache_salt)
+        request = new_request(None, messages, sampling_params, request_id, cache_salt, priority)
         async with aclosing(self._stream(request, deltas)) as outputs:
             async for output in outputs:
                 yield output
@@ -218,9 +232,13 @@ class AsyncLLM:
         await self.start()
         arrived_s, core, name = time.monotonic(), self._engine.core, self._engine.model_name
         num_bytes = len(request.prompt or "") if request.messages is None else len(str(request.messages))
-        job = await core.admit(num_bytes, lambda max_model_len: request.job(core, name, max_model_len))
+        with core.admission():
+            job = await core.admit(num_bytes, lambda max_model_len: request.job(core, name, max_model_len))
+        if job.is_prompt_only:
+            raise InvalidRequest("max_tokens: must be at least 1", "max_tokens")
+        read = await read_prompts(core, job, arrived_s)
         core.open_requests.check(request.request_id)
-        run = Run(core, request, core.open(job, arrived_s))
+        run = Run(core, request, core.open(job, arrived_s), read)
         core.open_requests.add(request.request_id, run.session)
         return run
 
@@ -231,13 +249,14 @@ def new_request(
     sampling_params: SamplingParams | None,
     request_id: str | None = None,
     cache_salt: str | None = None,
+    priority: int = 0,
 ) -> Request:
     """Make a request of what a caller gave.
 
     Raises:
         InvalidRequest: the prompt has none of the shapes allowed.
     """
-    extra = {} if cache_salt is None else {"cache_salt": cache_salt}
+    extra = {"priority": priority} | ({} if cache_salt is None else {"cache_salt": cache_salt})
     plain = None if messages is None else [dict(message) for message in messages]
     return Request(
         request_id or secrets.token_hex(12),

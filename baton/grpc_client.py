@@ -17,6 +17,8 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 import grpc
+from google.protobuf.json_format import ParseDict
+from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from protocol.errors import BatonError
@@ -42,6 +44,21 @@ class CallRefused(BatonError):
         self.code: grpc.StatusCode = error.code()
         self.field: str | None = trailing.get("baton-field")
         self.retry_after_s = None if pushback_ms is None else int(pushback_ms) / 1000
+
+
+def decide_request(fields: Mapping[str, Any]) -> pb.DecideRequest:
+    """Make a request of keyword arguments; questions and items may be mappings in the shape of their messages.
+
+    Raises:
+        ValueError, TypeError, ParseError: there is no such field, or its value has another type.
+    """
+    plain = {name: value for name, value in fields.items() if name not in ("questions", "items")}
+    request = pb.DecideRequest(**plain)
+    for name, add in (("questions", request.questions.add), ("items", request.items.add)):
+        for one in fields.get(name, ()):
+            added = add()
+            added.CopyFrom(one) if isinstance(one, Message) else ParseDict(one, added)
+    return request
 
 
 def request_of(fields: Mapping[str, Any]) -> pb.GenerateRequest:
@@ -92,6 +109,22 @@ class Client:
         finally:
             call.cancel()
 
+    def decide(self, timeout_s: float | None = None, **fields: Any) -> pb.DecideResponse:
+        """Answer questions about a text.
+
+        Args:
+            timeout_s: the request's deadline.
+            fields: of `DecideRequest`; instructions may be plain text under `instructions: {"text": ...}`.
+
+        Raises:
+            CallRefused: the server refused it, or could not complete it in time.
+        """
+        with _refusals():
+            answer: pb.DecideResponse = self._stub.Decide(
+                decide_request(fields), timeout=timeout_s, metadata=self._metadata
+            )
+            return answer
+
     def abort(self, request_id: str) -> bool:
         """End a request by its id; tell whether it was open. Raises CallRefused."""
         with _refusals():
@@ -135,6 +168,13 @@ class AsyncClient:
                     yield message
         finally:
             call.cancel()
+
+    async def decide(self, timeout_s: float | None = None, **fields: Any) -> pb.DecideResponse:
+        """Answer questions about a text, as `Client.decide` does; cancel-safe."""
+        with _refusals():
+            request = decide_request(fields)
+            answer: pb.DecideResponse = await self._stub.Decide(request, timeout=timeout_s, metadata=self._metadata)
+            return answer
 
     async def abort(self, request_id: str) -> bool:
         """End a request by its id; tell whether it was open. Raises CallRefused."""

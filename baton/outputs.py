@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from protocol.request import TokenLogprobs
 from router.text import Piece
 from router.tokenizer import Tokenizer
 
@@ -49,11 +50,7 @@ class CompletionOutput:
             return
         self.logprobs = self.logprobs or []
         for logged in piece.logged:
-            told = logged.logprobs
-            ranked = enumerate(told.top[:num_logprobs], 1)
-            found = {token: Logprob(value, rank, tokenizer.token_text(token)) for rank, (token, value) in ranked}
-            own = Logprob(told.logprob, told.rank or None, tokenizer.token_text(logged.token_id))
-            self.logprobs.append({logged.token_id: own} | found | {logged.token_id: own})
+            self.logprobs.append(logprobs_of(tokenizer, logged.token_id, logged.logprobs, num_logprobs))
 
 
 @dataclass(slots=True)
@@ -65,6 +62,7 @@ class RequestOutput:
         outputs: its choices.
         finished: whether every choice is complete.
         num_cached_tokens: prompt tokens whose KV was there already.
+        prompt_logprobs: for each token of the prompt, as `logprobs` of a choice; None for the first; None if not asked.
     """
 
     request_id: str
@@ -73,3 +71,12 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool = False
     num_cached_tokens: int = 0
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+
+
+def logprobs_of(tokenizer: Tokenizer, token_id: int, told: TokenLogprobs, num_top: int) -> dict[int, Logprob]:
+    """Return what was told of a token, by token id: its own first, and the `num_top` likeliest."""
+    found = {token_id: Logprob(told.logprob, told.rank or None, tokenizer.token_text(token_id))}
+    for rank, (other_id, value) in enumerate(told.top[:num_top], 1):
+        found.setdefault(other_id, Logprob(value, rank, tokenizer.token_text(other_id)))
+    return found

@@ -19,6 +19,9 @@ class SamplingParams:
         stop: a string, or several, that end the text and are not part of it.
         stop_token_ids: tokens that end it.
         logit_bias: added to the logits of these token ids, from -100 to 100.
+        prompt_logprobs: the same for each token of the prompt.
+        structured_outputs: what the text must obey: one of json (a schema), regex, choice, grammar, json_object, and
+            what else the HTTP field of that name takes.
         logprobs: report the log probability of each token and of this many of the likeliest.
     """
 
@@ -40,6 +43,8 @@ class SamplingParams:
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    structured_outputs: Mapping[str, Any] | None = None
 
     def body(self, is_chat: bool) -> dict[str, Any]:
         """Return the fields of an HTTP body that say the same; chat has two of them for log probabilities."""

@@ -42,10 +42,10 @@ class Core:
         self.tokenizer = tokenizer
         self.switchboard = switchboard
         self.intake = Intake(tokenizer, config.served_model_names)
+        self.open_requests = OpenRequests()
         self.grammars = GrammarChecks(config.model_path)
         self._num_admitting = self._num_in_threads = 0
         self._max_in_threads = config.max_num_requests
-        self.open_requests = OpenRequests()
         self._threads = ThreadPoolExecutor(NUM_TEXT_THREADS, thread_name_prefix="text")
 
     async def started(self) -> None:

@@ -16,6 +16,8 @@ import logging
 import secrets
 import time
 from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from typing import Any, Final
 
 import grpc
@@ -32,17 +34,25 @@ from protocol.errors import (
     RequestAborted,
     RequestFailed,
     RequestRejected,
+    Unauthorized,
     UnknownModel,
 )
+from protocol.request import FinishReason
+from router.access import Access
 from router.api import ChatRequest, CompletionRequest, parse
 from router.config import RouterConfig
 from router.core import Core
+from router.deciding import Inquiry, decide
+from router.decisions import DecisionsRequest, answer, inquiry_of
+from router.grpc_decisions import decide_response, decisions_body
 from router.grpc_messages import MessageShape, body_of
 from router.intake import Job
+from router.prompt_logprobs import read_prompts
 from router.responses import encode_json
 from router.rpc import baton_v1_pb2 as pb
 from router.rpc import baton_v1_pb2_grpc as rpc
 from router.switchboard import OVERLOAD_RETRY_S, Session
+from router.text import Piece
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +65,7 @@ GIVE_UP_S: Final = 1.0
 MAX_REQUEST_ID_CHARS: Final = 128
 _STATUS: Final[tuple[tuple[type[BatonError], grpc.StatusCode], ...]] = (
     (Overloaded, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (Unauthorized, grpc.StatusCode.UNAUTHENTICATED),
     (UnknownModel, grpc.StatusCode.NOT_FOUND),
     (RequestRejected, grpc.StatusCode.INVALID_ARGUMENT),
     (NotReady, grpc.StatusCode.UNAVAILABLE),
@@ -150,6 +161,7 @@ class BatonService(rpc.BatonServicer):  # type: ignore[misc, unused-ignore]
         self._core = core
         self._stall_s = config.client_stall_s
         self._model = config.served_model_names[0]
+        self._access = Access(config.api_keys, config.api_key_files, time.monotonic)
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> None:
         """Write messages until every choice is finished."""
@@ -160,31 +172,79 @@ class BatonService(rpc.BatonServicer):  # type: ignore[misc, unused-ignore]
 
     async def Abort(self, request: pb.AbortRequest, context: Any) -> pb.AbortResponse:
         """End a request of any connection."""
-        return pb.AbortResponse(was_open=self._core.open_requests.abort(request.request_id))
+        try:
+            name = _name(self._tenant(context), request.request_id)
+            return pb.AbortResponse(was_open=self._core.open_requests.abort(name))
+        except Unauthorized as error:
+            await _refuse(context, error)
+            raise
+
+    async def Decide(self, request: pb.DecideRequest, context: Any) -> pb.DecideResponse:
+        """Answer questions about a text."""
+        try:
+            return await self._decide(request, context)
+        except (RequestRejected, RequestFailed) as error:
+            await _refuse(context, error)
+            raise
+
+    async def _decide(self, request: pb.DecideRequest, context: Any) -> pb.DecideResponse:
+        arrived_s, tenant, told = time.monotonic(), self._tenant(context), _told(context)
+        parsed: list[DecisionsRequest] = []
+
+        def make() -> Inquiry:
+            parsed.append(parse(encode_json(decisions_body(request, self._model)), DecisionsRequest))
+            inquiry = inquiry_of(parsed[0])
+            return replace(
+                inquiry, cache_salt=self._access.salt(tenant, inquiry.cache_salt or told.get("cache_salt", ""))
+            )
+
+        verdict = await decide(self._core, request.ByteSize(), make, arrived_s)
+        return decide_response(answer(parsed[0], verdict))
 
     async def _generate(self, request: pb.GenerateRequest, context: Any) -> None:
         arrived_s, core = time.monotonic(), self._core
         await core.started()
-        told = _told(context)
-        job = await core.admit(request.ByteSize(), lambda max_model_len: self._job(request, told, max_model_len))
+        tenant, told = self._tenant(context), _told(context)
+        with core.admission():
+            job = await core.admit(request.ByteSize(), partial(self._job, request, tenant, told))
         request_id = job.request_id or secrets.token_hex(12)
-        core.open_requests.check(request_id)
+        name = _name(tenant, request_id)
+        read = await read_prompts(core, job, arrived_s)
+        shape = MessageShape(job, core.tokenizer, request_id, read)
+        if job.is_prompt_only:
+            await self._tell_prompts(job, shape, context)
+            return
+        core.open_requests.check(name)
         session = core.open(job, arrived_s)
-        core.open_requests.add(request_id, session)
+        core.open_requests.add(name, session)
         try:
             await context.send_initial_metadata((("x-request-id", request_id),))
-            await self._follow(session, MessageShape(job, core.tokenizer, request_id), context)
+            await self._follow(session, shape, context)
         finally:
             session.close()
-            core.open_requests.remove(request_id)
+            core.open_requests.remove(name)
 
-    def _job(self, request: pb.GenerateRequest, told: dict[str, Any], max_model_len: int) -> Job:
+    def _tenant(self, context: Any) -> str:
+        """Return whose call it is. Raises Unauthorized."""
+        metadata = dict(context.invocation_metadata() or ())
+        return self._access.tenant_of(metadata.get("authorization"))
+
+    def _job(self, request: pb.GenerateRequest, tenant: str, told: dict[str, Any], max_model_len: int) -> Job:
         body, kind = body_of(request, self._model)
         body = {**told, **body}
         parsed: ChatRequest | CompletionRequest = parse(encode_json(body), kind)
         if parsed.request_id is not None and not _is_fit(parsed.request_id):
             raise InvalidRequest("request_id: must be 1 to 128 printable ASCII characters", "request_id")
-        return self._core.intake.job(parsed, max_model_len)
+        job = self._core.intake.job(parsed, max_model_len)
+        return replace(job, cache_salt=self._access.salt(tenant, job.cache_salt))
+
+    async def _tell_prompts(self, job: Job, shape: MessageShape, context: Any) -> None:
+        """Answer where nothing is generated: prompts echoed, or told about."""
+        ended = ((choice.index, Piece(finish_reason=FinishReason.LENGTH)) for choice in job.choices)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._stall_s):
+                await context.write(shape.chunk(ended))
+                await context.write(shape.closing(0))
 
     async def _follow(self, session: Session, shape: MessageShape, context: Any) -> None:
         writer = MessageWriter(session, context, self._stall_s)
@@ -258,6 +318,11 @@ def _told(context: Any) -> dict[str, Any]:
         except ValueError:
             raise InvalidRequest("x-priority: must be a whole number", "x-priority") from None
     return told
+
+
+def _name(tenant: str, request_id: str) -> str:
+    """Return what an open request is known as: nobody ends another tenant's."""
+    return f"{request_id}\0{tenant}"
 
 
 def _is_fit(request_id: str) -> bool:

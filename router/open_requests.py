@@ -11,7 +11,7 @@ from router.switchboard import Session
 
 
 class OpenRequests:
-    """Open sessions by request id. Used on one event loop."""
+    """Open sessions by the names of their requests: an id, or an id, \\0 and a tenant. Used on one event loop."""
 
     def __init__(self) -> None:
         self._sessions: dict[str, Session] = {}
@@ -19,7 +19,8 @@ class OpenRequests:
     def check(self, request_id: str) -> None:
         """Raise InvalidRequest if a request of that id is open."""
         if request_id in self._sessions:
-            raise InvalidRequest(f"request_id: a request {request_id[:128]!r} is still running", "request_id")
+            shown = request_id.partition("\0")[0][:128]
+            raise InvalidRequest(f"request_id: a request {shown!r} is still running", "request_id")
 
     def add(self, request_id: str, session: Session) -> None:
         """Let a session be ended by an id, which has been checked."""
@@ -34,6 +35,6 @@ class OpenRequests:
         session = self._sessions.pop(request_id, None)
         if session is None:
             return False
-        session.put(RequestAborted(f"request {request_id} was aborted"))
+        session.put(RequestAborted(f"request {request_id.partition(chr(0))[0]} was aborted"))
         session.close()
         return True

@@ -39,6 +39,11 @@ class BatonStub:
                 request_serializer=router_dot_rpc_dot_baton__v1__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=router_dot_rpc_dot_baton__v1__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.Decide = channel.unary_unary(
+                '/baton.v1.Baton/Decide',
+                request_serializer=router_dot_rpc_dot_baton__v1__pb2.DecideRequest.SerializeToString,
+                response_deserializer=router_dot_rpc_dot_baton__v1__pb2.DecideResponse.FromString,
+                _registered_method=True)
         self.Abort = channel.unary_unary(
                 '/baton.v1.Baton/Abort',
                 request_serializer=router_dot_rpc_dot_baton__v1__pb2.AbortRequest.SerializeToString,
@@ -51,6 +56,13 @@ class BatonServicer:
 
     def Generate(self, request, context):
         """Generate tokens for one prompt, several, or a conversation. The last message carries the usage.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Decide(self, request, context):
+        """Answer typed questions about a text, by reading probabilities off prompts: what /v1/decisions does.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -70,6 +82,11 @@ def add_BatonServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=router_dot_rpc_dot_baton__v1__pb2.GenerateRequest.FromString,
                     response_serializer=router_dot_rpc_dot_baton__v1__pb2.GenerateResponse.SerializeToString,
+            ),
+            'Decide': grpc.unary_unary_rpc_method_handler(
+                    servicer.Decide,
+                    request_deserializer=router_dot_rpc_dot_baton__v1__pb2.DecideRequest.FromString,
+                    response_serializer=router_dot_rpc_dot_baton__v1__pb2.DecideResponse.SerializeToString,
             ),
             'Abort': grpc.unary_unary_rpc_method_handler(
                     servicer.Abort,
@@ -104,6 +121,33 @@ class Baton:
             '/baton.v1.Baton/Generate',
             router_dot_rpc_dot_baton__v1__pb2.GenerateRequest.SerializeToString,
             router_dot_rpc_dot_baton__v1__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Decide(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.v1.Baton/Decide',
+            router_dot_rpc_dot_baton__v1__pb2.DecideRequest.SerializeToString,
+            router_dot_rpc_dot_baton__v1__pb2.DecideResponse.FromString,
             options,
             channel_credentials,
             insecure,

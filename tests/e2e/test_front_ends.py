@@ -152,3 +152,97 @@ async def test_a_slow_reader_holds_up_nobody(sides: Sides) -> None:
         assert texts
         await slow.aclose()
     await asyncio.to_thread(sides.none_leased)
+
+
+def test_what_a_prompt_is_read_for_is_the_same(sides: Sides, llm: LLM) -> None:
+    body = {"model": "smollm2", "prompt": PROMPT, "prompt_logprobs": 2, "max_tokens": 1, "temperature": 0}
+    (told,) = [choice["prompt_logprobs"] for choice in sides.post("/v1/completions", body)["choices"]]
+    with Client(sides.address) as client:
+        (choice, *_), *_ = (m.choices for m in client.generate(prompt=PROMPT, prompt_logprobs=2, max_tokens=1))
+        over_grpc = [one.logprob if one.HasField("logprob") else None for one in choice.prompt_logprobs]
+        ids = [one.token_id for one in choice.prompt_logprobs]
+        echoed, _ = list(client.generate(prompt=PROMPT, echo=True, logprobs=0, max_tokens=0))
+    assert over_grpc == [None] + [one[str(i)]["logprob"] for one, i in zip(told[1:], ids[1:], strict=True)]
+    ours = llm.generate(PROMPT, SamplingParams(prompt_logprobs=2, max_tokens=1))[0].prompt_logprobs
+    assert ours is not None and [one and one[i].logprob for one, i in zip(ours, ids, strict=True)] == over_grpc
+    assert echoed.choices[0].text == PROMPT and len(echoed.choices[0].prompt_logprobs) == len(ids)
+
+
+QUESTIONS: list[dict[str, Any]] = [
+    {"type": "predicate", "instructions": "The text names a country.", "name": "country"},
+    {
+        "type": "choice",
+        "instructions": [{"type": "input_text", "text": "Which is it about?"}],
+        "choices": [{"value": "cities"}, {"value": True, "description": "food"}, {"value": "sports"}],
+    },
+    {"type": "score", "instructions": "How formal?", "levels": [{"label": "low"}, {"label": "high"}]},
+]
+
+
+def test_decisions_are_those_of_http(sides: Sides) -> None:
+    told = sides.post("/v1/decisions", {"model": "smollm2", "input": PROMPT, "questions": QUESTIONS})
+    questions = [
+        {"name": "country", "instructions": {"text": "The text names a country."}, "predicate": {}},
+        {
+            "instructions": {"parts": [{"type": "input_text", "text": "Which is it about?"}]},
+            "choice": {
+                "choices": [
+                    {"value": {"string_value": "cities"}},
+                    {"value": {"bool_value": True}, "description": "food"},
+                    {"value": {"string_value": "sports"}},
+                ]
+            },
+        },
+        {"instructions": {"text": "How formal?"}, "score": {"levels": [{"label": "low"}, {"label": "high"}]}},
+    ]
+    with Client(sides.address) as client:
+        answer = client.decide(input=PROMPT, questions=questions)
+        with pytest.raises(CallRefused) as caught:
+            client.decide(input=PROMPT, questions=[{"instructions": {"text": "x"}}])
+    assert caught.value.field == "questions"
+    predicate, choice, score = answer.answers
+    one, other, third = told["answers"]
+    assert (predicate.name, predicate.predicate.probability) == ("country", one["probability"])
+    assert predicate.option_mass == one["option_mass"] and not choice.HasField("name")
+    found = choice.choice.probabilities
+    values = [getattr(p.value, p.value.WhichOneof("value")) for p in found]
+    assert [{"value": v, "probability": p.probability} for v, p in zip(values, found, strict=True)] == other[
+        "probabilities"
+    ]
+    assert (score.score.score, score.score.confidence) == (third["score"], third["confidence"])
+    assert [p.label for p in score.score.probabilities] == ["low", "high"]
+    assert answer.usage.input_tokens == told["usage"]["input_tokens"] and answer.model == "smollm2"
+
+
+def test_structured_output_and_forced_calls_are_the_same(sides: Sides, llm: LLM) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"n": {"type": "integer"}},
+        "required": ["n"],
+        "additionalProperties": False,
+    }
+    asked: dict[str, Any] = {"temperature": 0, "max_tokens": 24}
+    body = {"model": "smollm2", "prompt": PROMPT, "structured_outputs": {"json": schema}, **asked}
+    (choice,) = sides.post("/v1/completions", body)["choices"]
+    tool = {"name": "look_up", "parameters": json.dumps(schema)}
+    with Client(sides.address) as client:
+        structured = {"json": json.dumps(schema)}
+        messages = list(client.generate(prompt=PROMPT, structured_outputs=structured, **asked))
+        assert "".join(c.text for m in messages for c in m.choices) == choice["text"]
+        forced = list(client.generate(messages=CHAT, tools=[tool], tool_choice={"mode": "required"}, **asked))
+    deltas = [delta for m in forced for c in m.choices for delta in c.tool_calls]
+    called = {
+        "model": "smollm2",
+        "messages": CHAT,
+        "tools": [{"type": "function", "function": {"name": "look_up", "parameters": schema}}],
+        "tool_choice": "required",
+        **asked,
+    }
+    (told,) = sides.post("/v1/chat/completions", called)["choices"]
+    (call,) = [call["function"] for call in told["message"]["tool_calls"]][:1]
+    assert deltas[0].name == call["name"] and deltas[0].HasField("id")
+    assert "".join(delta.arguments for delta in deltas if delta.index == 0) == call["arguments"]
+    ends = [c.finish_reason for m in forced for c in m.choices if c.HasField("finish_reason")]
+    assert ends == [told["finish_reason"]]
+    (ours,) = llm.generate(PROMPT, SamplingParams(structured_outputs={"json": schema}, **asked))
+    assert ours.outputs[0].text == choice["text"]
