@@ -30,6 +30,7 @@ from bench.servers import Server, base_url, own_server, reach
 from bench.text import WORDS, pieces
 
 COUNT_BUDGET_S: Final = 30.0
+COUNT_PAUSE_S: Final = 1.5
 REQUEST_BUDGET_S: Final = 900.0
 
 
@@ -83,7 +84,7 @@ class Rig:
         """Measure one round with a state of its own."""
         profile = "".join(pieces(f"decisions-{time.time_ns()}-{number}", plan.num_state_tokens))
         asked = questions(plan.num_questions)
-        naive, computed = await self._counters()
+        naive, computed = await self._settled()
         decisions_s = await self._decide(profile, asked)
         naive_after, computed_after = await self._settled(computed)
         one_more_s = await self._decide(profile, questions(plan.num_questions + 1)[-1:])
@@ -119,15 +120,15 @@ class Rig:
         assert answer["usage"]["completion_tokens"] == num_tokens
         return took_s, num_tokens
 
-    async def _settled(self, before: int) -> tuple[int, int]:
+    async def _settled(self, before: int = -1) -> tuple[int, int]:
         """Return the counters once workers have told of what they did: when they stand still between heartbeats."""
-        give_up_s, last = time.monotonic() + COUNT_BUDGET_S, (0, before)
+        give_up_s, last = time.monotonic() + COUNT_BUDGET_S, (-1, -1)
         while time.monotonic() < give_up_s:
-            await asyncio.sleep(1.5)
             found = await self._counters()
             if found == last and found[1] > before:
                 return found
             last = found
+            await asyncio.sleep(COUNT_PAUSE_S)
         raise TimeoutError(f"counters of {self._server.name} did not settle within {COUNT_BUDGET_S:.0f} s")
 
     async def _counters(self) -> tuple[int, int]:

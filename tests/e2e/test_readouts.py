@@ -196,6 +196,21 @@ def _has_readouts(server: Server) -> bool:
     return any(w["num_running"] + w["num_waiting"] > 3 for w in server.workers() if w["role"] == "prefill")
 
 
+async def test_one_process_with_both_roles_reads_the_same(disaggregated: Server, colocated: Server) -> None:
+    decisions = {"model": "smollm2", "input": _state(5, 100), "questions": _predicates(5)}
+    echo = completion([900, 901, 902, 903], max_tokens=3, echo=True, logprobs=1)
+    answers = []
+    async with session() as http:
+        for server in (disaggregated, colocated):
+            status, decided = await _post(http, f"{server.url}/v1/decisions", decisions)
+            assert status == 200
+            status, echoed = await _post(http, f"{server.url}/v1/completions", echo)
+            assert status == 200
+            answers.append((decided["answers"], echoed["choices"]))
+    assert answers[0] == answers[1]
+    await asyncio.to_thread(wait_until, lambda: _is_quiet(colocated), 20.0, "quiet")
+
+
 @pytest.mark.slow
 async def test_a_prefill_worker_killed_among_many_questions_costs_no_answer(
     gguf: Path, cache_dir: Path, tmp_path: Path
