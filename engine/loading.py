@@ -13,6 +13,7 @@ import torch
 from engine.config import EngineConfig
 from engine.kv_cache import KVCache, torch_kernels
 from model.decoder import Decoder
+from model.encoder_config import is_encoder
 from model.errors import ModelError
 from model.identity import model_hash
 from model.loader import LoadOptions, keep_packed, load_model
@@ -77,10 +78,10 @@ def load(config: EngineConfig, say: Callable[[str], None], cache_dir: Path) -> L
         ConfigError: model, device or sizes cannot be used; the message names what.
     """
     torch.set_num_threads(config.num_threads)
-    device = _device(config.device)
+    device = device_of(config.device)
     try:
         files = resolve(config.model, cache_dir, say)
-        decoder = load_model(files, _options(config, str(device)), _progress_lines(say))
+        decoder = load_model(files, load_options(config, str(device)), _progress_lines(say))
         name = model_hash(files, config.dummy_seed)
     except ModelError as error:
         raise ConfigError(str(error)) from error
@@ -117,10 +118,13 @@ def preload(config: EngineConfig, cache_dir: Path) -> None:
     Starts no thread, and looks for no GPU. Raises ModelError.
     """
     torch.set_num_threads(1)
-    keep_packed(resolve(config.model, cache_dir, lambda _: None), _options(config, "cpu"))
+    files = resolve(config.model, cache_dir, lambda _: None)
+    if not is_encoder(files):
+        keep_packed(files, load_options(config, "cpu"))
 
 
-def _options(config: EngineConfig, device: str) -> LoadOptions:
+def load_options(config: EngineConfig, device: str) -> LoadOptions:
+    """Return how a model is loaded for this configuration."""
     return LoadOptions(
         dtype=config.dtype,
         device=device,
@@ -157,7 +161,8 @@ def _max_model_len(config: EngineConfig, model_tokens: int, num_blocks: int, say
     return min(max_model_len, pool_tokens)
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """Return the device that a configuration names; raises ConfigError where there is none."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():

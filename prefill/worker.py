@@ -9,7 +9,7 @@
 Colocated with decode, over one pool, nothing is sent: with step 4 the decode stepper beside this one holds the prompt's
 blocks, and the placement ends here (`engine/local_handoff.py`).
 A request that needs no decode worker (`decode_worker_id` is None, or its first token ends it) stops after step 4. So
-does a readout, whose `Readings` stand for the first token.
+does a readout, whose `Readings` stand for the first token. Where the model is an encoder: `prefill/encoder_worker.py`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import msgspec
 
 from engine.block_pool import BlockPool, PoolCounts
 from engine.compute_loop import ComputeLoop
+from engine.encoder_loading import is_encoder_model
 from engine.execution import open_batch_runner, phases_agree, stays_on_device
 from engine.loading import LoadedModel, load, pin_process
 from engine.local_handoff import TRANSPORT as LOCAL
@@ -35,6 +36,7 @@ from kvtransfer.stats import TransferStats
 from kvtransfer.transport import Identity, Listener, Transport
 from kvtransfer.transports import open_transport
 from prefill.config import PrefillConfig
+from prefill.encoder_worker import run_encoder
 from prefill.scheduler import PrefillJob, PrefillScheduler
 from prefill.stepper import (
     AbortJob,
@@ -289,6 +291,8 @@ async def run(config: PrefillConfig) -> int:
         ConfigError: model, device or sizes cannot be used.
     """
     pin_process(config.engine.cores)
+    if await asyncio.to_thread(is_encoder_model, config.engine, config.cache_dir):
+        return await run_encoder(config)
     model = await asyncio.to_thread(load, config.engine, log.info, config.cache_dir)
     transport = open_transport(config.transfer, config.service.secret)
     compute = ComputeLoop(config.engine.num_threads)

@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, TypeVar
 
-from protocol.errors import NotReady
+from protocol.errors import InvalidRequest, NotReady
+from protocol.readout import EmbeddingCard
 from router.config import RouterConfig
 from router.intake import Intake, Job
 from router.reading import ReadQuery, ReadSession
@@ -66,20 +67,38 @@ class Core:
             RequestRejected, RequestFailed: as `Switchboard.check_capacity` and `Intake.job` do.
         """
         max_model_len = self.switchboard.check_capacity()
+        self._refuse_encoder()
         return await self.off_loop(num_bytes, lambda: make(max_model_len))
 
     def open(self, job: Job, arrived_s: float) -> Session:
         """Submit a job; the caller closes the session. Raises as `Switchboard.open` does."""
         return self.switchboard.open(job, arrived_s)
 
-    async def admit_readouts(self, num_bytes: int, make: Callable[[int], Result]) -> Result:
-        """As `admit`, for what `make` returns, of requests that are only read."""
+    async def admit_readouts(self, num_bytes: int, make: Callable[[int], Result], embeds: bool = False) -> Result:
+        """As `admit`, for what `make` returns, of requests that are only read; `embeds`: only for vectors."""
         max_model_len = self.switchboard.check_capacity(is_readout=True)
+        if not embeds:
+            self._refuse_encoder()
         return await self.off_loop(num_bytes, lambda: make(max_model_len))
 
     def open_readouts(self, queries: Sequence[ReadQuery], cache_salt: str, arrived_s: float) -> ReadSession:
         """Submit readouts; the caller closes the session. Raises as `Switchboard.open_readouts` does."""
         return self.switchboard.open_readouts(queries, cache_salt, arrived_s)
+
+    def embedding_card(self) -> EmbeddingCard:
+        """Return what the workers say of their vectors.
+
+        Raises:
+            InvalidRequest: they give none.
+        """
+        card = self.switchboard.registry.embedding
+        if card is None:
+            raise InvalidRequest("model: its workers give no embeddings", "model")
+        return card
+
+    def _refuse_encoder(self) -> None:
+        if self.switchboard.registry.is_encoder:
+            raise InvalidRequest("model: this model only embeds: use /v1/embeddings", "model")
 
     async def off_loop(self, num_bytes: int, work: Callable[[], Result]) -> Result:
         """Run work on text: here if it is short, in a thread if it is long."""

@@ -27,6 +27,7 @@ from protocol.wire import Role
 from router.api import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, parse
 from router.config import RouterConfig
 from router.core import Core
+from router.embeddings import EmbeddingRoutes
 from router.event_stream import EventStream
 from router.intake import Job
 from router.metrics import CONTENT_TYPE, Metrics
@@ -68,6 +69,7 @@ class HttpServer:
         post("/v1/chat/completions", self._chat)
         post("/v1/completions", self._complete)
         ReadoutRoutes(self._core, self._config.served_model_names[0], _read).add_to(app)
+        EmbeddingRoutes(self._core, _read).add_to(app)
         post("/tokenize", self._tokenize)
         post("/detokenize", self._detokenize)
         get("/v1/models", self._models)

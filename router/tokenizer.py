@@ -80,6 +80,10 @@ class Tokenizer:
 
     def decode(self, token_ids: Iterable[int], skip_special: bool = True) -> str:
         """Return the text of token ids; bytes that are no UTF-8 become U+FFFD."""
+        if self._to_bytes is _from_word_piece:
+            # Where its words stand apart is for the whole text to say.
+            whole: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special)
+            return whole
         return b"".join(self.token_bytes(i, skip_special) for i in token_ids).decode("utf-8", "replace")
 
     def stream_decoder(self, skip_special: bool = True) -> StreamDecoder:
@@ -258,9 +262,13 @@ def _byte_form(tokenizer: tokenizers.Tokenizer) -> Callable[[str], bytes]:
     state = tokenizer.decoder.__getstate__().decode()
     if '"ByteLevel"' in state:
         return _from_byte_level
+    if '"WordPiece"' in state:
+        return _from_word_piece
     if '"Metaspace"' in state or '"ByteFallback"' in state or "▁" in state or "\\u2581" in state:
         return _from_sentence_piece
-    raise ConfigError(f"tokenizer: a decoder like {state[:200]} is not supported (byte-level and SentencePiece are)")
+    raise ConfigError(
+        f"tokenizer: a decoder like {state[:200]} is not supported (byte-level, SentencePiece and WordPiece are)"
+    )
 
 
 def _byte_level_alphabet() -> dict[str, int]:
@@ -283,3 +291,7 @@ def _from_byte_level(piece: str) -> bytes:
 def _from_sentence_piece(piece: str) -> bytes:
     byte = _BYTE_PIECE.fullmatch(piece)
     return bytes([int(byte[1], 16)]) if byte else piece.replace("▁", " ").encode()
+
+
+def _from_word_piece(piece: str) -> bytes:
+    return piece.removeprefix("##").encode() if piece.startswith("##") else f" {piece}".encode()

@@ -4,8 +4,8 @@ Run it in an environment of its own, with transformers and torch and without thi
 
     python tests/golden/make_embeddings.py MODEL_FOLDER tests/golden/minilm.json
 
-MODEL_FOLDER is what `model.source.resolve("minilm", ...)` returns. Pooling (mean) and normalisation are written out here
-as sentence-transformers does them, beside transformers' own BertModel.
+MODEL_FOLDER is what `model.source.resolve("minilm", ...)` returns. Pooling (mean) and normalisation are written out
+here as sentence-transformers does them, beside transformers' own BertModel.
 """
 
 import json

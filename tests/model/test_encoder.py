@@ -140,7 +140,8 @@ def test_pooling_is_what_sentence_transformers_wrote(tmp_path: Path) -> None:
 
 def test_pooling_that_is_not_run_is_refused(tmp_path: Path) -> None:
     files = resolve(_dummy(tmp_path), tmp_path, print)
-    for pooling in ({"pooling_mode_max_tokens": True}, {}, {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}):  # fmt: skip
+    both = {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}
+    for pooling in ({"pooling_mode_max_tokens": True}, {}, both):
         _say_pooling(tmp_path, pooling, "Transformer", "Pooling")
         with pytest.raises(UnsupportedModelError, match="pooling"):
             read_embedding_settings(files, 64, "mean")
