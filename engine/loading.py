@@ -13,14 +13,15 @@ import torch
 from engine.config import EngineConfig
 from engine.kv_cache import KVCache, torch_kernels
 from model.decoder import Decoder
-from model.encoder_config import is_encoder
-from model.errors import ModelError
+from model.encoder_config import is_encoder, read_embedding_settings
+from model.errors import ModelError, UnsupportedModelError
 from model.identity import model_hash
 from model.loader import LoadOptions, keep_packed, load_model
-from model.source import resolve
+from model.source import ModelFiles, resolve
 from model.torch_decoder import TorchDecoder
 from protocol.errors import ConfigError
 from protocol.kv_layout import DTYPE_BYTES, KVFingerprint
+from protocol.readout import MAX_EMBEDDING_FLOATS, EmbeddingCard, Pooling
 
 _CPU_KV_GIB = 2.0
 
@@ -34,6 +35,7 @@ class LoadedModel:
         max_model_len: bound of prompt plus output tokens: the least of the model's, the user's and the pool's.
         backend: one line saying which kernels run and why.
         enforce_eager: record no CUDA graphs.
+        embedding: what vectors it gives of its last hidden states; None where its files ask for what is not run.
     """
 
     decoder: Decoder
@@ -44,6 +46,7 @@ class LoadedModel:
     vocab_size: int
     backend: str
     enforce_eager: bool = False
+    embedding: EmbeddingCard | None = None
 
     def new_kv_cache(self) -> KVCache:
         """Return fresh KV memory of `num_blocks` blocks."""
@@ -83,6 +86,7 @@ def load(config: EngineConfig, say: Callable[[str], None], cache_dir: Path) -> L
         files = resolve(config.model, cache_dir, say)
         decoder = load_model(files, load_options(config, str(device)), _progress_lines(say))
         name = model_hash(files, config.dummy_seed)
+        embedding = _embedding_card(files, decoder, say)
     except ModelError as error:
         raise ConfigError(str(error)) from error
     if device.type == "cuda":
@@ -108,7 +112,28 @@ def load(config: EngineConfig, say: Callable[[str], None], cache_dir: Path) -> L
             "are left for activations, graphs and slots")  # fmt: skip
     max_model_len = _max_model_len(config, shape.max_context_tokens, num_blocks, say)
     return LoadedModel(
-        decoder, fingerprint, device, num_blocks, max_model_len, shape.vocab_size, backend, config.enforce_eager
+        decoder,
+        fingerprint,
+        device,
+        num_blocks,
+        max_model_len,
+        shape.vocab_size,
+        backend,
+        config.enforce_eager,
+        embedding,
+    )
+
+
+def _embedding_card(files: ModelFiles, decoder: Decoder, say: Callable[[str], None]) -> EmbeddingCard | None:
+    try:
+        settings = read_embedding_settings(files, decoder.config.max_context_tokens, "last")
+    except UnsupportedModelError as error:
+        say(f"no embeddings: {error}")
+        return None
+    if settings.pooling == "cls" or decoder.config.hidden_size > MAX_EMBEDDING_FLOATS:
+        return None
+    return EmbeddingCard(
+        size=decoder.config.hidden_size, pooling=Pooling(settings.pooling), normalize=settings.is_normalized
     )
 
 

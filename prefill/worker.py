@@ -50,6 +50,8 @@ from prefill.stepper import (
     TransferEnded,
     layer_groups,
 )
+from protocol.errors import ConfigError
+from protocol.readout import EmbeddingCard, Pooling
 from protocol.wire import (
     Declined,
     FirstToken,
@@ -94,6 +96,7 @@ class PrefillWorker:
             model.backend,
             phases_agree(model),
         )
+        registration = msgspec.structs.replace(registration, embedding=_embedding_card(config, model))
         if isinstance(departure, OnePool):
             address = PeerAddress(worker_id=registration.worker_id, instance=registration.instance, transport=LOCAL)
             departure.address, registration = address, msgspec.structs.replace(registration, address=address)
@@ -261,6 +264,7 @@ class PrefillWorker:
             transfer_id=ready.transfer_id,
             labels=ready.labels,
             prompt=ready.prompt,
+            embedding=ready.embedding,
             num_cached_tokens=ready.num_cached_tokens,
             queue_s=ready.queue_s,
             prefill_s=ready.prefill_s,
@@ -282,6 +286,15 @@ class PrefillWorker:
         if self._stepper.num_running + self._stepper.num_waiting >= self.service.registration.max_num_seqs:
             return "queue full"
         return refusal_of(message, self._model)
+
+
+def _embedding_card(config: PrefillConfig, model: LoadedModel) -> EmbeddingCard | None:
+    """Return what vectors this worker gives; raises ConfigError for a pooling that decoders lack."""
+    if config.pooling == Pooling.CLS:
+        raise ConfigError("pooling: cls is for encoders; the first token of a decoder has seen nothing")
+    if model.embedding is None or config.pooling == "auto":
+        return model.embedding
+    return msgspec.structs.replace(model.embedding, pooling=Pooling(config.pooling))
 
 
 async def run(config: PrefillConfig) -> int:

@@ -1,7 +1,7 @@
 """`/v1/embeddings`: texts to vectors, on prefill workers alone.
 
-1. The body is parsed; `input` is one text, several, one list of token ids, or several. 2. Texts become token ids, framed
-as the model's tokenizer frames them; token ids are taken as they are. What is too long is refused, or cut where
+1. The body is parsed; `input` is one text, several, one list of token ids, or several. 2. Texts become token ids,
+framed as the model's tokenizer frames them; token ids are taken as they are. What is too long is refused, or cut where
 `truncate_prompt_tokens` says so: the beginning is kept, and the frame. 3. Each input is a readout; at most PART_INPUTS
 of a request are open at once (router/reading.py). 4. The vectors go out as numbers or as base64 of little-endian
 float32, in the order of the inputs. A client that leaves cancels what still runs.
