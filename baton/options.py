@@ -15,7 +15,7 @@ from baton.values import core_set, number, switch, text, whole
 from decode.config import DecodeConfig
 from engine.config import EngineConfig, ServiceConfig
 from kvtransfer.config import TransferConfig
-from prefill.config import PrefillConfig
+from prefill.config import POOLINGS, PrefillConfig
 from protocol.errors import ConfigError
 from router.config import RouterConfig
 
@@ -276,6 +276,11 @@ def _scheduling() -> tuple[Option, ...]:
         Option(
             name="layer-push-min-tokens", group=group, roles=prefills, parse=whole, unit="tokens",
             fills=((PrefillConfig, "layer_push_min_tokens"),), help="Smaller chunks are pushed whole.",
+        ),
+        Option(
+            name="pooling", group=group, roles=prefills, parse=text, fills=((PrefillConfig, "pooling"),),
+            choices=POOLINGS, help="How embeddings are made of a text's tokens; auto is what the model's files say, "
+            "else the mean for encoders and the last token for decoders. cls is for encoders.",
         ),
         Option(
             name="prefill-sms", group=group, roles=SERVE | COLOCATED, parse=whole, unit="multiprocessors",

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any, Final, TypeVar
 
 from protocol.errors import GrammarError, InvalidRequest, NotReady, Overloaded
+from protocol.readout import EmbeddingCard
 from router.config import RouterConfig
 from router.grammar_checks import GrammarChecks
 from router.intake import Intake, Job
@@ -88,6 +89,7 @@ class Core:
             RequestRejected, RequestFailed: as `Switchboard.check_capacity` and `Intake.job` do.
         """
         max_model_len = self.switchboard.check_capacity(max(1, self._num_admitting))
+        self._refuse_encoder()
         return await self._checked(await self.off_loop(num_bytes, lambda: make(max_model_len)))
 
     async def _checked(self, job: Job) -> Job:
@@ -105,14 +107,31 @@ class Core:
         """Submit a job; the caller closes the session. Raises as `Switchboard.open` does."""
         return self.switchboard.open(job, arrived_s)
 
-    async def admit_readouts(self, num_bytes: int, make: Callable[[int], Result]) -> Result:
-        """As `admit`, for what `make` returns, of requests that are only read."""
+    async def admit_readouts(self, num_bytes: int, make: Callable[[int], Result], embeds: bool = False) -> Result:
+        """As `admit`, for what `make` returns, of requests that are only read; `embeds`: only for vectors."""
         max_model_len = self.switchboard.check_capacity(is_readout=True)
+        if not embeds:
+            self._refuse_encoder()
         return await self.off_loop(num_bytes, lambda: make(max_model_len))
 
     def open_readouts(self, queries: Sequence[ReadQuery], cache_salt: str, arrived_s: float) -> ReadSession:
         """Submit readouts; the caller closes the session. Raises as `Switchboard.open_readouts` does."""
         return self.switchboard.open_readouts(queries, cache_salt, arrived_s)
+
+    def embedding_card(self) -> EmbeddingCard:
+        """Return what the workers say of their vectors.
+
+        Raises:
+            InvalidRequest: they give none.
+        """
+        card = self.switchboard.registry.embedding
+        if card is None:
+            raise InvalidRequest("model: its workers give no embeddings", "model")
+        return card
+
+    def _refuse_encoder(self) -> None:
+        if self.switchboard.registry.is_encoder:
+            raise InvalidRequest("model: this model only embeds: use /v1/embeddings", "model")
 
     async def off_loop(self, num_bytes: int, work: Callable[[], Result]) -> Result:
         """Run work on text: here if it is short, in a thread if it is long.

@@ -30,6 +30,7 @@ from router.api import ChatRequest, CompletionRequest, DetokenizeRequest, Tokeni
 from router.config import RouterConfig
 from router.core import Core
 from router.doorway import TENANT, Origins, keys_needed
+from router.embeddings import EmbeddingRoutes
 from router.endpoints import ENDPOINTS, document
 from router.event_stream import EventStream
 from router.intake import Job
@@ -90,6 +91,7 @@ class HttpServer:
         post("/v1/completions", self._complete)
         post("/v1/responses", self._respond)
         ReadoutRoutes(self._core, self._config.served_model_names[0], self._read, self._salt).add_to(app)
+        EmbeddingRoutes(self._core, self._read, self._salt).add_to(app)
         post("/tokenize", self._tokenize)
         post("/detokenize", self._detokenize)
         get("/v1/models", self._models)
