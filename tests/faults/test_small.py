@@ -14,11 +14,11 @@ from tests.e2e.client import session
 from tests.e2e.server import Server, serving
 from tests.faults import campaign, disconnects, rolling
 from tests.faults.campaign import Round
+from tests.faults.footprints import Footprint, Sample, Watch, theil_sen
 from tests.faults.ledger import Ledger, Record, Request
 from tests.faults.load import Oracles, draw_pool
 from tests.faults.overload import meets_slo
 from tests.faults.phases import Cluster
-from tests.faults.soak import theil_sen
 from tests.faults.trials import NUM_DECODE, NUM_PREFILL, Trial, run_trial
 
 REQUEST = Request("one", 3, 0.0, 0)
@@ -146,6 +146,23 @@ def test_a_slope_is_told_from_noise() -> None:
     leak = theil_sen([(float(i), 1e6 + 50.0 * n + 400.0 * i) for i, n in enumerate(noise)])
     assert flat.is_flat and flat.low < 0 < flat.high
     assert not leak.is_flat and leak.low < 400.0 < leak.high
+
+
+def test_what_grows_is_named_and_what_dies_too() -> None:
+    watch = Watch()
+    for number in range(40):
+        for name, grows in (("steady 1", 0), ("leaky 2", number)):
+            taken = Footprint(1 << 20, 10 + grows, 5, 7 + grows)
+            watch.samples.setdefault(name, []).append(Sample(100 * number, taken))
+    watch.samples["dead 3"] = watch.samples["steady 1"][:5]
+    watch.samples["dead 4"] = watch.samples["steady 1"][20:]
+    watch.weigh(4000, ["steady", "leaky", "dead", "absent"])
+    assert [fault for fault in watch.faults if fault.startswith("steady")] == []
+    assert {word for fault in watch.faults if fault.startswith("leaky") for word in fault.split()} >= {
+        "descriptors",
+        "tasks",
+    }
+    assert {fault.split()[0] for fault in watch.faults if "did not live" in fault} == {"dead", "absent"}
 
 
 def test_pools_follow_from_their_seed() -> None:
