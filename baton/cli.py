@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import gc
 import logging
+import resource
 import sys
 import traceback
 from collections.abc import Coroutine, Sequence
@@ -39,6 +40,7 @@ SUMMARIES = {
 }
 BENCH = "bench"
 DISTRIBUTION = "baton-serve"
+MAX_DESCRIPTORS = 1 << 16
 _MODEL_HELP = (
     "directory of safetensors, .gguf file, hub id ORG/NAME[@REVISION], dummy:CONFIG for random weights, "
     "or smollm2 (SmolLM2-135M-Instruct out of the package index)"
@@ -149,6 +151,7 @@ def _run(settings: Settings) -> int:
         datefmt="%H:%M:%S",
         stream=sys.stderr,
     )
+    _allow_descriptors()
     if settings.role == "serve":
         from baton.launch import serve
 
@@ -165,6 +168,14 @@ def _run(settings: Settings) -> int:
         gc.enable()
     code: int = uvloop.run(role)
     return code
+
+
+def _allow_descriptors() -> None:
+    """Let this process, and those it starts, have as many descriptors as it may: every stream is one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _role(settings: Settings) -> Coroutine[Any, Any, int]:

@@ -96,6 +96,7 @@ class DecodeWorker:
                 on_complete=self._on_landed,
                 on_failed=self._on_transfer_failed,
                 on_links=self._announce_links,
+                on_broken=lambda error: self.service.on_dead(error),
             )
         self.service = WorkerService(config.service, registration, self)
         compute.add(self._stepper, self.service.on_dead)

@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 
 WELCOME_BUDGET_S = 5.0
 FIRST_RETRY_S = 0.05
+# A router whose cable was cut is dialled anew before TCP gives up; its leases have run out by then.
+NUM_SILENT_TTLS = 2.0
 
 
 class LinkOwner(Protocol):
@@ -125,16 +127,14 @@ class RouterLink:
         beat: asyncio.Task[None] | None = None
         try:
             channel.post(self._register())
-            async with asyncio.timeout(WELCOME_BUDGET_S):
-                welcome = await channel.receive()
+            welcome = await _next(channel, WELCOME_BUDGET_S, "no Welcome in time")
             self._check_welcome(welcome)
             assert isinstance(welcome, Welcome)
             self._enter(channel, welcome)
             beat = asyncio.create_task(self._beat(channel, welcome.heartbeat_s))
+            silence_s = NUM_SILENT_TTLS * welcome.lease_ttl_s
             while True:
-                self._dispatch(await channel.receive())
-        except TimeoutError as error:
-            raise PeerLost("no Welcome in time") from error
+                self._dispatch(await _next(channel, silence_s, f"the router was silent for {silence_s:g} s"))
         finally:
             if beat is not None:
                 beat.cancel()
@@ -173,3 +173,12 @@ class RouterLink:
         while True:
             channel.post(self._owner.heartbeat())
             await asyncio.sleep(interval_s)
+
+
+async def _next(channel: Channel, budget_s: float, reason: str) -> AnyMessage:
+    """Return the next message, or raise PeerLost with this reason when there is none in time."""
+    try:
+        async with asyncio.timeout(budget_s):
+            return await channel.receive()
+    except TimeoutError as error:
+        raise PeerLost(reason) from error

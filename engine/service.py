@@ -42,6 +42,7 @@ from protocol.wire import (
     Reserve,
     Role,
     Tokens,
+    TransferFailed,
     WorkerStats,
 )
 
@@ -143,7 +144,7 @@ class WorkerService:
         return transfer_id in self._home
 
     def on_dead(self, error: BaseException) -> None:
-        """Take the news that the compute thread died: the process must end."""
+        """Take the news that the compute thread, or a task that never ends, died: the process must end."""
         self.on_fatal(error if isinstance(error, Exception) else RuntimeError(repr(error)))
 
     # --- LinkOwner ---
@@ -197,8 +198,8 @@ class WorkerService:
     # --- life cycle ---
 
     def begin_drain(self) -> None:
-        """Take nothing new; `run` returns when nothing is left or the budget is over."""
-        if self.state is ServiceState.SERVING:
+        """Take nothing new; `run` returns when nothing is left or the budget is over. At once if it has not begun."""
+        if self.state in (ServiceState.STARTING, ServiceState.SERVING):
             self.state = ServiceState.DRAINING
             log.info("draining %d placements", len(self._home))
             for link in self._links:
@@ -213,6 +214,8 @@ class WorkerService:
         admin = await self._start_admin()
         tasks = [asyncio.create_task(link.run()) for link in self._links]
         tasks.append(asyncio.create_task(self._reap()))
+        for task in tasks:
+            task.add_done_callback(self._on_task_over)
         if self.state is ServiceState.STARTING:
             self.state = ServiceState.SERVING
         try:
@@ -229,6 +232,11 @@ class WorkerService:
             if admin is not None:
                 await admin.cleanup()
 
+    def _on_task_over(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.critical("%s failed by its own fault", self.registration.worker_id, exc_info=error)
+            self.on_dead(error)
+
     def census(self) -> dict[str, object]:
         """Return the report of what this worker holds: every block is free, cached or leased."""
         stats = self._handler.stats()
@@ -238,6 +246,7 @@ class WorkerService:
             "role": str(self.registration.role),
             "state": self.state.value,
             "num_placements": len(self._home),
+            "num_tasks": len(asyncio.all_tasks()),
             "blocks": {
                 "free": stats.blocks_free,
                 "cached": stats.blocks_cached,
@@ -267,6 +276,9 @@ class WorkerService:
             for link in self._links:
                 for transfer_id in link.expired():
                     log.warning("lease on placement %d ran out", transfer_id)
+                    # Its router may be there all the same: our pause may have been a little longer than its own.
+                    reason = "its lease ran out on the worker"
+                    self.tell(transfer_id, TransferFailed(transfer_id=transfer_id, reason=reason))
                     self._handler.abort(transfer_id, "lease ran out")
                     self.release(transfer_id)
 

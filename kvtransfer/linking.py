@@ -30,12 +30,20 @@ class Linking:
         transport: makes the endpoints.
         identity: who we are.
         on_endpoint: called on the event loop with each fresh endpoint.
+        on_broken: called with an error of our own that ended the dialling of one of them.
     """
 
-    def __init__(self, transport: Transport, identity: Identity, on_endpoint: Callable[[Endpoint], None]) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        identity: Identity,
+        on_endpoint: Callable[[Endpoint], None],
+        on_broken: Callable[[BaseException], None] = lambda _: None,
+    ) -> None:
         self._transport = transport
         self._identity = identity
         self._on_endpoint = on_endpoint
+        self._on_broken = on_broken
         self._dialling: dict[PeerAddress, asyncio.Task[None]] = {}
         self._ending: set[asyncio.Task[None]] = set()
 
@@ -61,6 +69,7 @@ class Linking:
         self._ending.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.critical("linking failed by our own fault", exc_info=error)
+            self._on_broken(error)
 
     async def _keep(self, address: PeerAddress) -> None:
         pause_s, told = FIRST_PAUSE_S, ""

@@ -80,6 +80,7 @@ class ReceiveSide:
         on_failed: called once with (transfer_id, reason) when an open transfer broke; its blocks are not written any
             more. Neither is called for a transfer that was aborted here, nor from inside a method.
         on_links: called when `links` changed.
+        on_broken: called with the error of a task of ours that should never end: not everything is received any more.
 
     Raises:
         ConfigError: one layer of one block does not fit a slot, or there is no device memory where it is insisted on.
@@ -94,6 +95,7 @@ class ReceiveSide:
         on_complete: Callable[[int, int], None],
         on_failed: Callable[[int, str], None],
         on_links: Callable[[], None],
+        on_broken: Callable[[BaseException], None] = lambda _: None,
     ) -> None:
         self._layer_bytes = region.fingerprint.layer_bytes
         self._num_layers = region.fingerprint.num_layers
@@ -103,8 +105,9 @@ class ReceiveSide:
         self._on_complete = on_complete
         self._on_failed = on_failed
         self._on_links = on_links
+        self._on_broken = on_broken
         self._store = SlotStore(region, config)
-        self._linking = Linking(transport, replace(identity, slots=self._store), self._attach)
+        self._linking = Linking(transport, replace(identity, slots=self._store), self._attach, on_broken)
         self._stats = TransferStats()
         self._links: dict[str, _Link] = {}
         self._transfers: dict[int, _Incoming] = {}
@@ -417,6 +420,7 @@ class ReceiveSide:
             log.critical("receiving failed by our own fault", exc_info=error)
             for link in list(self._links.values()):
                 link.endpoint.abort(f"internal error: {error!r}")
+            self._on_broken(error)
 
 
 def _now() -> float:

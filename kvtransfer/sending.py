@@ -79,18 +79,26 @@ class SendSide:
         config: budgets and slot sizes.
         on_ended: called exactly once per opened transfer, never from inside a method: (transfer_id, None) when it
             landed, else (transfer_id, reason). Its blocks are not read any more.
+        on_broken: called with the error of a task of ours that should never end: nothing is sent any more.
 
     Raises:
         ConfigError: one layer of one block does not fit a slot, or there is no device memory where it is insisted on.
     """
 
-    def __init__(self, region: KVRegion, config: TransferConfig, on_ended: Callable[[int, str | None], None]) -> None:
+    def __init__(
+        self,
+        region: KVRegion,
+        config: TransferConfig,
+        on_ended: Callable[[int, str | None], None],
+        on_broken: Callable[[BaseException], None] = lambda _: None,
+    ) -> None:
         self._layer_bytes = region.fingerprint.layer_bytes
         self._num_layers = region.fingerprint.num_layers
         require_slot_holds_layer(config.slot_bytes, self._layer_bytes)
         self._region = region
         self._config = config
         self._on_ended = on_ended
+        self._on_broken = on_broken
         self._store = SlotStore(region, config, config.num_slots)
         self._stats = TransferStats()
         self._peers: dict[str, _Peer] = {}
@@ -453,8 +461,9 @@ class SendSide:
             return
         elif transfer.num_in_flight:
             self._give_up(peer, f"a piece made no progress for {waited_s:.1f} s")
-        elif transfer.ranges and not peer.credits and now_s - peer.moved_s > self._config.progress_s:
-            self._give_up(peer, f"no credit for {now_s - peer.moved_s:.1f} s")
+        elif transfer.ranges and now_s - peer.moved_s > self._config.progress_s:
+            lacking = "free slot" if peer.credits else "credit"  # aborted transfers may hold the slots
+            self._give_up(peer, f"no {lacking} for {now_s - peer.moved_s:.1f} s")
         elif transfer.is_commit_said:
             self.abort(transfer.transfer_id, f"not landed {waited_s:.1f} s after its last piece")
 
@@ -475,6 +484,7 @@ class SendSide:
             log.critical("sending failed by our own fault", exc_info=error)
             for peer in list(self._peers.values()):
                 peer.endpoint.abort(f"internal error: {error!r}")
+            self._on_broken(error)
 
 
 def _now() -> float:

@@ -21,7 +21,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
-import os
 import secrets
 import socket
 from collections.abc import Coroutine
@@ -293,14 +292,18 @@ def _end_of(frame: aiohttp.WSMessage) -> str:
 def _cut(web_socket: WebSocket) -> None:
     """Shut the TCP connection under a WebSocket: reads end, writes fail, what is buffered is dropped.
 
-    aiohttp has no abort, and its close waits for a peer that may never read. A duplicate descriptor works with every
-    event loop; the original one stays the loop's to close.
+    aiohttp has no abort, and its close waits for a peer that may never read. A socket object over the same descriptor
+    works with every event loop, and needs no further one where none are left; closing it stays the loop's.
     """
     of_loop = web_socket.get_extra_info("socket")
     if of_loop is None or of_loop.fileno() < 0:
         return
-    with socket.socket(fileno=os.dup(of_loop.fileno())) as duplicate, suppress(OSError):
-        duplicate.shutdown(socket.SHUT_RDWR)
+    with suppress(OSError):
+        ours = socket.socket(fileno=of_loop.fileno())
+        try:
+            ours.shutdown(socket.SHUT_RDWR)
+        finally:
+            ours.detach()
 
 
 async def _finish(web_socket: WebSocket) -> None:

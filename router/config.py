@@ -56,7 +56,7 @@ class RouterConfig:
     ttft_slo_s: float = 0.25
     ttft_slo_per_token_s: float = 0.002
     max_placements: int = 5
-    placement_wait_s: float = 30.0
+    placement_wait_s: float = 60.0
     startup_wait_s: float = 5.0
     client_stall_s: float = 30.0
     max_resume_s: float = 60.0

@@ -1,25 +1,28 @@
 """What every front end calls: HTTP, gRPC and the in-process API bring requests, and get sessions.
 
-1. `started` waits out the first seconds of a router, in which its workers may still be on their way. 2. `admit` refuses
-early, then parses, renders and tokenises: a long text in a thread, so that no prompt holds up another's stream.
-3. `open` submits the job. Whoever opened a session closes it, however its client ended.
+1. `started` waits out the first seconds of a router, in which its workers may still be on their way. 2. `admission`
+refuses before any work is done, and holds a place until the session is open: what is being tokenised counts.
+3. `admit` parses, renders and tokenises: a long text in a thread, so that no prompt holds up another's stream.
+4. `open` submits the job. Whoever opened a session closes it, however its client ended.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Final, TypeVar
+from contextlib import contextmanager
+from typing import Any, Final, TypeVar
 
-from protocol.errors import NotReady
+from protocol.errors import NotReady, Overloaded
 from router.config import RouterConfig
 from router.intake import Intake, Job
-from router.switchboard import Session, Switchboard
+from router.switchboard import OVERLOAD_RETRY_S, Session, Switchboard
 from router.tokenizer import Tokenizer
 
 LONG_TEXT_BYTES: Final = 20_000
 NUM_TEXT_THREADS: Final = 2
+MAX_IN_THREADS: Final = 64
 
 Result = TypeVar("Result")
 
@@ -36,6 +39,7 @@ class Core:
         self.tokenizer = tokenizer
         self.switchboard = switchboard
         self.intake = Intake(tokenizer, config.served_model_names)
+        self._num_admitting = self._num_in_threads = 0
         self._threads = ThreadPoolExecutor(NUM_TEXT_THREADS, thread_name_prefix="text")
 
     async def started(self) -> None:
@@ -53,8 +57,22 @@ class Core:
             raise NotReady("no worker has registered yet, so the context length is not known")
         return max_model_len
 
+    @contextmanager
+    def admission(self) -> Iterator[None]:
+        """Hold a place for one request while it is tokenised and opened.
+
+        Raises:
+            RequestFailed, Overloaded: as `Switchboard.check_capacity` does.
+        """
+        self.switchboard.check_capacity(1 + self._num_admitting)
+        self._num_admitting += 1
+        try:
+            yield
+        finally:
+            self._num_admitting -= 1
+
     async def admit(self, num_bytes: int, make: Callable[[int], Job]) -> Job:
-        """Refuse early, or make a job of what a client sent; cancel-safe.
+        """Refuse early, or make a job of what a client sent; best within `admission`. Cancel-safe.
 
         Args:
             num_bytes: length of what it sent.
@@ -63,7 +81,7 @@ class Core:
         Raises:
             RequestRejected, RequestFailed: as `Switchboard.check_capacity` and `Intake.job` do.
         """
-        max_model_len = self.switchboard.check_capacity()
+        max_model_len = self.switchboard.check_capacity(max(1, self._num_admitting))
         return await self.off_loop(num_bytes, lambda: make(max_model_len))
 
     def open(self, job: Job, arrived_s: float) -> Session:
@@ -71,10 +89,25 @@ class Core:
         return self.switchboard.open(job, arrived_s)
 
     async def off_loop(self, num_bytes: int, work: Callable[[], Result]) -> Result:
-        """Run work on text: here if it is short, in a thread if it is long."""
+        """Run work on text: here if it is short, in a thread if it is long.
+
+        Raises:
+            Overloaded: as many long texts as may wait for a thread do.
+        """
         if num_bytes <= LONG_TEXT_BYTES:
             return work()
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        if self._num_in_threads >= MAX_IN_THREADS:
+            raise Overloaded(f"{MAX_IN_THREADS} long texts wait to be tokenised", OVERLOAD_RETRY_S)
+        self._num_in_threads += 1
+        future = asyncio.get_running_loop().run_in_executor(self._threads, work)
+        # A thread works on for a client that has left, so its place is free when the thread is.
+        future.add_done_callback(self._left_thread)
+        return await asyncio.shield(future)
+
+    def _left_thread(self, future: asyncio.Future[Any]) -> None:
+        self._num_in_threads -= 1
+        if not future.cancelled():
+            future.exception()  # whoever waits for it has it; nobody does where its client has left
 
     def close(self) -> None:
         """Let the threads go."""

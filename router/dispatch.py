@@ -60,6 +60,9 @@ class Dispatch:
         max_placements: failed placements after which a request fails.
         placement_wait_s: how long a request may wait for a pair of workers.
         ids: makes transfer ids.
+
+    Attributes:
+        num_stale_tokens: tokens that counted for nothing, since their placement is history.
     """
 
     def __init__(self, registry: Registry, max_placements: int, placement_wait_s: float, ids: IdSource) -> None:
@@ -73,6 +76,7 @@ class Dispatch:
         self._queue: list[RequestState] = []
         self._order = itertools.count()
         self._has_freed = False
+        self.num_stale_tokens = 0
 
     @property
     def num_waiting(self) -> int:
@@ -175,10 +179,12 @@ class Dispatch:
         out: list[Instruction] = []
         for row in rows:
             request = self._requests.get(row.request_id)
-            if request is None or row.epoch != request.epoch:
+            if request is None:
                 continue
             placement = request.placement
-            if placement is None or (placement.decode is not key and placement.decode != key):
+            is_ours = placement is not None and (placement.decode is key or placement.decode == key)
+            if placement is None or not is_ours or row.epoch != request.epoch:
+                self.num_stale_tokens += 1
                 continue
             tokens, is_more = request.tokens, placement.is_steady and row.finish_reason is None
             if is_more and row.index == len(tokens) and 0 <= row.token_id < NUM_TOKEN_IDS:

@@ -86,6 +86,9 @@ class Metrics:
                                registry=self._registry)  # fmt: skip
         for reason in ("not_ready", "placements", "cancelled"):
             self._failed.labels(reason)
+        self._stale = Counter("baton_stale_tokens", "Tokens of placements and workers given up, which were dropped.",
+                              registry=self._registry)  # fmt: skip
+        self._num_stale = 0
         self._shed = Counter("baton_requests_shed", "Requests answered with 429.", registry=self._registry)
         self._running = self._gauge("baton_num_requests_running", "Requests with workers.", "vllm:num_requests_running")
         self._waiting = self._gauge("baton_num_requests_waiting", "Requests without.", "vllm:num_requests_waiting")
@@ -226,8 +229,10 @@ class Metrics:
             self._known.popitem(last=False)
         return known
 
-    def render(self, registry: Registry, num_running: int, num_waiting: int) -> bytes:
+    def render(self, registry: Registry, num_running: int, num_waiting: int, num_stale_tokens: int) -> bytes:
         """Return the text format, with gauges as of now."""
+        self._stale.inc(num_stale_tokens - self._num_stale)
+        self._num_stale = num_stale_tokens
         self._output_tokens.inc(self._num_new_tokens)
         self._num_new_tokens = 0
         self._running.set(num_running)

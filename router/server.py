@@ -95,10 +95,10 @@ class HttpServer:
             return await self._resume(request, kind, arrived_s)
         self._switchboard.check_capacity()  # before a large body is read
         body = await _read(request)
-        job = await self._core.admit(len(body), partial(self._job, body, kind))
-        request_id = job.request_id
-        request[REQUEST_ID] = name = _request_id(request) or request_id or secrets.token_hex(12)
-        session = self._core.open(job, arrived_s)
+        with self._core.admission():
+            job = await self._core.admit(len(body), partial(self._job, body, kind))
+            session = self._core.open(job, arrived_s)
+        request[REQUEST_ID] = name = _request_id(request) or job.request_id or secrets.token_hex(12)
         shape = AnswerShape(job, self._tokenizer, name)
         try:
             if job.is_stream:
@@ -116,12 +116,13 @@ class HttpServer:
         claim = claim_of(request.headers, _request_id(request), self._config.max_resume_s, asked)
         kept = self._kept.find(claim)
         if kept is None:
-            job = await self._core.admit(len(body), partial(self._job, body, kind, claim=claim))
-            # The same client may have been faster on another connection.
-            kept = self._kept.find(claim)
-            if kept is None:
-                session = self._core.open(job, arrived_s)
-                kept = self._kept.keep(claim, session, AnswerShape(job, self._tokenizer, claim.request_id))
+            with self._core.admission():
+                job = await self._core.admit(len(body), partial(self._job, body, kind, claim=claim))
+                # The same client may have been faster on another connection.
+                kept = self._kept.find(claim)
+                if kept is None:
+                    session = self._core.open(job, arrived_s)
+                    kept = self._kept.keep(claim, session, AnswerShape(job, self._tokenizer, claim.request_id))
         return await self._kept.read(kept, request, claim)
 
     def _job(
@@ -220,7 +221,9 @@ class HttpServer:
 
     async def _show_metrics(self, _: web.Request) -> web.Response:
         dispatch = self._switchboard.dispatch
-        body = self._metrics.render(self._switchboard.registry, dispatch.num_running, dispatch.num_waiting)
+        body = self._metrics.render(
+            self._switchboard.registry, dispatch.num_running, dispatch.num_waiting, dispatch.num_stale_tokens
+        )
         return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE})
 
     async def _version(self, _: web.Request) -> web.Response:

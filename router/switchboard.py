@@ -272,6 +272,8 @@ class Switchboard:
         """Take one message of a registered worker; those of instances that are gone count for nothing."""
         now_s = self._clock()
         if self.registry.find(key) is None:
+            if isinstance(message, Tokens):
+                self.dispatch.num_stale_tokens += len(message.rows)
             return
         match message:
             case Tokens():

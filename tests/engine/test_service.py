@@ -28,6 +28,7 @@ from protocol.wire import (
     Reserve,
     Role,
     Tokens,
+    TransferFailed,
     WorkerStats,
 )
 from tests.engine.scripted_router import SECRET, ScriptedRouter
@@ -127,8 +128,31 @@ async def test_leases_run_out_by_a_timer_when_the_router_falls_silent(router: Sc
     assert service.holds(1), "pulses keep the lease"
     await _until(lambda: handler.aborted)
     assert handler.aborted == [(1, "lease ran out")] and not service.holds(1)
+    # The router may be there: it must hear that its placement is gone, or the stream would wait for ever.
+    told = await router.until(lambda message: isinstance(message, TransferFailed))
+    assert isinstance(told, TransferFailed) and told.transfer_id == 1 and "lease ran out" in told.reason
     service.begin_drain()
     assert await running == 0
+
+
+async def test_a_router_that_says_nothing_is_dialled_anew(router: ScriptedRouter) -> None:
+    service, _ = _service(router.url)
+    running = asyncio.create_task(service.run())
+    await _until(lambda: len(router.channels) == 2)
+    service.begin_drain()
+    assert await running == 0
+
+
+async def test_a_drain_before_the_start_ends_it_at_once(router: ScriptedRouter) -> None:
+    service, _ = _service(router.url)
+    service.begin_drain()
+    assert await asyncio.wait_for(service.run(), 5.0) == 0
+
+
+async def test_a_timer_that_fails_ends_the_worker(router: ScriptedRouter, monkeypatch: pytest.MonkeyPatch) -> None:
+    service, _ = _service(router.url)
+    monkeypatch.setattr(service._links[0], "expired", lambda: 1 / 0)
+    assert await asyncio.wait_for(service.run(), 5.0) == 1
 
 
 async def test_a_new_connection_does_not_renew_what_the_old_one_placed(router: ScriptedRouter) -> None:
