@@ -162,7 +162,8 @@ async def test_a_router_without_descriptors_loses_no_stream(server: Server) -> N
             os.kill(busy, signal.SIGSTOP)
             await asyncio.sleep(STOPPED_S)
         finally:
-            os.kill(busy, signal.SIGCONT)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(busy, signal.SIGCONT)
             for each in idle:
                 each.close()
             resource.prlimit(router, resource.RLIMIT_NOFILE, most)
