@@ -19,6 +19,9 @@ from tests.faults import campaign
 FAULTS_PER_ROUND = 10
 LONGEST_OVERLOAD_S, SHORTEST_OVERLOAD_S = 120.0, 10.0
 OVERLOAD_S_PER_TRIAL = 0.12
+# Distinct requests; each is asked once in peace.
+FEWEST_IN_POOL, MOST_IN_POOL = 12, 60
+WITH_POOL = frozenset({"rounds", "rolling", "soak"})
 Perform = Callable[[Sequence[str]], tuple[str, bool]]
 """Runs a campaign by its command line; returns its summary and whether anything was wrong."""
 
@@ -66,7 +69,7 @@ def run(args: argparse.Namespace, perform: Perform, tell: Callable[[str], None])
         begin_s = time.monotonic()
         tell(f"--- {name}")
         try:
-            text, is_wrong = perform([*words, *_options(args, name)])
+            text, is_wrong = perform([*words, *_options(args, name, words[0])])
         except Exception as error:  # noqa: BLE001  the others are to run all the same
             traceback.print_exc()
             text, is_wrong = f"could not be run: {error!r}", True
@@ -76,8 +79,10 @@ def run(args: argparse.Namespace, perform: Perform, tell: Callable[[str], None])
     return 1 if is_any_wrong else 0
 
 
-def _options(args: argparse.Namespace, name: str) -> list[str]:
+def _options(args: argparse.Namespace, name: str, command: str) -> list[str]:
     found = ["--seed", str(args.seed)]
+    if command in WITH_POOL:
+        found += ["--pool", str(min(MOST_IN_POOL, max(FEWEST_IN_POOL, args.trials)))]
     if args.cache_dir is not None:
         found += ["--cache-dir", str(args.cache_dir)]
     if args.results is not None:
