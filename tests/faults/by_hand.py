@@ -55,7 +55,8 @@ def roles(
             for name in worker_ids
         }
         server = Server(f"http://127.0.0.1:{http_port}", router, folder / "router.log")
-        wait_until(lambda: _is_ready(server), READY_BUDGET_S, "ready")
+        # Each of them imports torch for itself, all at once.
+        wait_until(lambda: _is_ready(server), 3 * READY_BUDGET_S, "ready")
         yield Roles(server, workers)
 
 

@@ -6,13 +6,12 @@ import asyncio
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.client import session
-from tests.e2e.server import Server, serving
+from tests.e2e.server import Server
 from tests.faults.by_hand import roles
 from tests.faults.ledger import Ledger, Record, Request
 from tests.faults.phases import Cluster
@@ -27,21 +26,15 @@ WAIT_S = 2.0
 END_BUDGET_S = WAIT_S + 20.0
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Iterator[Server]:
-    """What `make serve` runs: one prefill worker and one decode worker."""
-    with serving("smollm2", tmp_path_factory.mktemp("alone"), cache_dir) as running:
-        yield running
-
-
 async def tokens(record: Record, num_tokens: int) -> None:
     while len(record.token_ids) < num_tokens and not record.ended_s:
         await asyncio.sleep(0.001)
 
 
-async def test_a_stream_waits_for_the_successor_of_the_only_decode_worker(server: Server) -> None:
+async def test_a_stream_waits_for_the_successor_of_the_only_decode_worker(one_pair: Server) -> None:
     async with session() as http:
-        ledger, cluster = Ledger(http, server.url), Cluster(server, http, {"decode": 1, "prefill": 1})
+        ledger, cluster = Ledger(http, one_pair.url), Cluster(one_pair, http, {"decode": 1, "prefill": 1})
+        assert await cluster.aftermath() == []
         oracle, record = await ledger.oracle(STREAM), Record(STREAM)
         running = asyncio.create_task(ledger.stream(STREAM, record))
         await tokens(record, 20)
@@ -52,9 +45,9 @@ async def test_a_stream_waits_for_the_successor_of_the_only_decode_worker(server
         assert await cluster.aftermath() == []
 
 
-async def test_a_prompt_waits_for_the_successor_of_the_only_prefill_worker(server: Server) -> None:
+async def test_a_prompt_waits_for_the_successor_of_the_only_prefill_worker(one_pair: Server) -> None:
     async with session() as http:
-        ledger, cluster = Ledger(http, server.url), Cluster(server, http, {"decode": 1, "prefill": 1})
+        ledger, cluster = Ledger(http, one_pair.url), Cluster(one_pair, http, {"decode": 1, "prefill": 1})
         assert await cluster.aftermath() == []
         (worker,) = await cluster.workers("prefill")
         record = Record(LONG)

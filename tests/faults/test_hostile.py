@@ -9,18 +9,18 @@ import random
 import resource
 import signal
 import socket
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import aiohttp
 import pytest
 
 from tests.e2e.client import session
-from tests.e2e.server import Server, serving
+from tests.e2e.server import Server, wait_until
 from tests.faults.ledger import Ledger, Request
 from tests.faults.load import ClosedLoop
 from tests.faults.mutated import busy_pid
-from tests.faults.phases import Cluster
+from tests.faults.phases import WHOLE_BUDGET_S, Cluster
 
 pytestmark = [pytest.mark.e2e, pytest.mark.model, pytest.mark.ucx, pytest.mark.slow]
 
@@ -42,10 +42,11 @@ BOMBS = (
 )
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Iterator[Server]:
-    with serving("smollm2", tmp_path_factory.mktemp("hostile"), cache_dir, "--decode", "2") as running:
-        yield running
+@pytest.fixture
+def server(two_decodes: Server) -> Server:
+    """The shared workers, all there."""
+    wait_until(lambda: len(two_decodes.workers()) == 3, WHOLE_BUDGET_S, "whole")
+    return two_decodes
 
 
 async def beside(server: Server, fault: Callable[[], Awaitable[None]]) -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from tests.e2e.server import serving
+from tests.e2e.server import Server
 from tests.faults import bits
 from tests.faults.ledger import Ledger, Record, Request
 from tests.faults.mutated import busy_pid, flips, mutated, on
@@ -24,14 +24,13 @@ LEASE_TTL_S = 1.0
 
 
 @pytest.fixture(scope="module")
-def expected(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> dict[Request, list[int]]:
+def expected(one_pair: Server) -> dict[Request, list[int]]:
     found: dict[Request, list[int]] = {}
-    with serving("smollm2", tmp_path_factory.mktemp("sound"), cache_dir) as server:
 
-        async def ask(_: aiohttp.ClientSession, ledger: Ledger) -> None:
-            found.update(await bits.oracles(ledger, bits.draw(1, 20)))
+    async def ask(_: aiohttp.ClientSession, ledger: Ledger) -> None:
+        found.update(await bits.oracles(ledger, bits.draw(1, 20)))
 
-        on(server, ask)
+    on(one_pair, ask)
     return found
 
 
