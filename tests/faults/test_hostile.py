@@ -167,7 +167,8 @@ async def test_a_router_without_descriptors_loses_no_stream(server: Server) -> N
                 os.kill(busy, signal.SIGCONT)
             for each in idle:
                 each.close()
-            resource.prlimit(router, resource.RLIMIT_NOFILE, most)
+            with contextlib.suppress(ProcessLookupError):  # who is gone is told below
+                resource.prlimit(router, resource.RLIMIT_NOFILE, most)
         assert len(idle) >= SPARE_DESCRIPTORS
 
     assert await beside(server, starve) == []
