@@ -34,7 +34,7 @@ test: env-dev ## run the tests
 test-golden: env-dev ## every golden prompt in every mode and format (a quarter of an hour)
 	@$(BIN)/python -m pytest -m matrix tests/e2e/test_golden.py $(ARGS)
 
-faults: env-dev ## every fault campaign: TRIALS=20 takes some ten minutes, TRIALS=1000 hours
+faults: env-dev ## every fault campaign, one after the other; TRIALS=20 decode kills and the rest in proportion
 	@$(BIN)/python -m tests.faults all --trials $(TRIALS) $(ARGS)
 
 lint: env-dev ## formatting, lint rules and types
