@@ -331,6 +331,7 @@ def census(switchboard: Switchboard) -> dict[str, Any]:
         "workers": workers,
         "requests": requests,
         "missing": switchboard.registry.missing(),
+        "num_tasks": len(asyncio.all_tasks()),
     }
 
 
