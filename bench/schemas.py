@@ -31,20 +31,22 @@ FORMATS = jsonschema.FormatChecker(formats=("date", "ipv4", "uuid"))
 _TIME = r"([01]\d|2[0-3]):[0-5]\d:([0-5]\d|60)(\.\d+)?([Zz]|[+-]([01]\d|2[0-3]):[0-5]\d)"
 
 
-# The package takes "time" for what draft 3 meant by it, and "date-time" for nothing: today both are RFC 3339's.
-@FORMATS.checks("time")
 def is_time(value: object) -> bool:
     """Whether a string is a time of RFC 3339; other values are none of a format's business."""
     return not isinstance(value, str) or re.fullmatch(_TIME, value, re.ASCII) is not None
 
 
-@FORMATS.checks("date-time")
 def is_date_time(value: object) -> bool:
     """Whether a string is a date and a time of RFC 3339."""
     if not isinstance(value, str):
         return True
     date, _, rest = value.replace("t", "T").partition("T")
     return bool(FORMATS.conforms(date, "date")) and is_time(rest)
+
+
+# The package takes "time" for what draft 3 meant by it, and "date-time" for nothing: today both are RFC 3339's.
+FORMATS.checks("time")(is_time)
+FORMATS.checks("date-time")(is_date_time)
 
 
 @dataclass(slots=True)
