@@ -33,6 +33,7 @@ from tests.e2e.server import Server, serving
 MAX_RSS_GROWTH_BYTES = 64 << 20
 MAX_P99_S = 0.05
 ANSWER_BUDGET_S = 30.0
+NUM_SENDERS = 8
 # A schema or pattern that was not seen before is compiled in a process of its own; that takes its time, once.
 GRAMMAR_FIELDS = (b"response_format", b"guided", b"structured_outputs", b'"format"', b'"tool_choice": {', b"required")
 _BESIDE = {
@@ -92,8 +93,9 @@ class Siege:
         self._dice = random.Random(f"hostile {seed}")
         self.report = Report()
 
-    async def run(self, number: int) -> Report:
-        """Send requests until `number` have been refused."""
+    async def run(self, number: int, budget_s: float) -> Report:
+        """Send requests until `number` have been refused, or the budget is over."""
+        until_s = time.monotonic() + budget_s
         peace = (await stream(self._http, self._server.url, _BESIDE, CHAT)).text
         for sent in (damaged(self._dice) for _ in range(min(200, number))):
             await self._send(sent)  # memory that the first requests of any kind need is no leak
@@ -102,11 +104,7 @@ class Siege:
         try:
             for sent in (*corpus(), *large()):
                 await self._send(sent)
-            while self.report.num_refused < number:
-                if self._dice.random() < 0.05:
-                    await self._send_raw(*self._dice.choice(BROKEN_HTTP))
-                else:
-                    await self._send(self._dice.choice(corpus()) if self._dice.random() < 0.1 else damaged(self._dice))
+            await asyncio.gather(*(self._sender(number, until_s) for _ in range(NUM_SENDERS)))
         finally:
             beside.cancel()
             await asyncio.gather(beside, return_exceptions=True)
@@ -116,6 +114,14 @@ class Siege:
         if (await stream(self._http, self._server.url, _BESIDE, CHAT)).text != peace:
             self.report.wrong.append("the stream after it says something else")
         return self.report
+
+    async def _sender(self, number: int, until_s: float) -> None:
+        while self.report.num_refused < number and time.monotonic() < until_s:
+            share = self._dice.random()
+            if share < 0.05:
+                await self._send_raw(*self._dice.choice(BROKEN_HTTP))
+            else:
+                await self._send(self._dice.choice(corpus()) if share < 0.15 else damaged(self._dice))
 
     async def _send(self, sent: Sent) -> None:
         headers = {"Content-Type": "application/json", **sent.headers}
@@ -195,11 +201,11 @@ class Siege:
         return found
 
 
-async def besiege(server: Server, number: int, seed: int) -> Report:
-    """Send hostile requests until `number` have been refused."""
+async def besiege(server: Server, number: int, seed: int, budget_s: float = 3600.0) -> Report:
+    """Send hostile requests until `number` have been refused, or the budget is over."""
     timeout = aiohttp.ClientTimeout(total=240.0)
     async with aiohttp.ClientSession(timeout=timeout) as http:
-        return await Siege(server, http, seed).run(number)
+        return await Siege(server, http, seed).run(number, budget_s)
 
 
 def _spread(times_s: list[float]) -> str:
@@ -234,11 +240,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--number", type=int, default=10_000, help="refusals to be counted")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--budget-s", type=float, default=3600.0, help="end earlier, and report what there is")
     parser.add_argument("--cache-dir", type=Path, default=Path.home() / ".cache" / "baton")
     parser.add_argument("--schemathesis", help="program to fuzz the OpenAPI document with")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, serving(MODEL, Path(folder), args.cache_dir) as server:
-        report = asyncio.run(besiege(server, args.number, args.seed))
+        report = asyncio.run(besiege(server, args.number, args.seed, args.budget_s))
         ordered = sorted(report.times_s)
         if ordered and ordered[int(0.99 * len(ordered))] > MAX_P99_S:
             report.wrong.append(f"the 99th percentile of refusals is above {MAX_P99_S * 1e3:g} ms")
