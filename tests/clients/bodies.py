@@ -317,9 +317,9 @@ def damaged(dice: random.Random) -> Sent:
     if what in ("value", "drop", "rename"):
         holder, key = dice.choice(list(_places(body)))
         if what == "value":
-            holder[key] = dice.choice(ODD_VALUES)
+            holder[key] = copy.deepcopy(dice.choice(ODD_VALUES))
             holder, key = dice.choice(list(_places(body)))
-            holder[key] = dice.choice(ODD_VALUES)
+            holder[key] = copy.deepcopy(dice.choice(ODD_VALUES))
         elif what == "drop":
             del holder[key]
         elif isinstance(holder, dict):
