@@ -33,7 +33,6 @@ from tests.e2e.server import Server, serving
 MAX_RSS_GROWTH_BYTES = 64 << 20
 MAX_P99_S = 0.05
 ANSWER_BUDGET_S = 30.0
-NUM_SENDERS = 8
 # A schema or pattern that was not seen before is compiled in a process of its own; that takes its time, once.
 GRAMMAR_FIELDS = (b"response_format", b"guided", b"structured_outputs", b'"format"', b'"tool_choice": {', b"required")
 _BESIDE = {
@@ -93,7 +92,7 @@ class Siege:
         self._dice = random.Random(f"hostile {seed}")
         self.report = Report()
 
-    async def run(self, number: int, budget_s: float) -> Report:
+    async def run(self, number: int, num_senders: int, budget_s: float) -> Report:
         """Send requests until `number` have been refused, or the budget is over."""
         until_s = time.monotonic() + budget_s
         peace = (await stream(self._http, self._server.url, _BESIDE, CHAT)).text
@@ -104,7 +103,7 @@ class Siege:
         try:
             for sent in (*corpus(), *large()):
                 await self._send(sent)
-            await asyncio.gather(*(self._sender(number, until_s) for _ in range(NUM_SENDERS)))
+            await asyncio.gather(*(self._sender(number, until_s) for _ in range(num_senders)))
         finally:
             beside.cancel()
             await asyncio.gather(beside, return_exceptions=True)
@@ -201,11 +200,11 @@ class Siege:
         return found
 
 
-async def besiege(server: Server, number: int, seed: int, budget_s: float = 3600.0) -> Report:
+async def besiege(server: Server, number: int, seed: int, num_senders: int = 4, budget_s: float = 3600.0) -> Report:
     """Send hostile requests until `number` have been refused, or the budget is over."""
     timeout = aiohttp.ClientTimeout(total=240.0)
     async with aiohttp.ClientSession(timeout=timeout) as http:
-        return await Siege(server, http, seed).run(number, budget_s)
+        return await Siege(server, http, seed).run(number, num_senders, budget_s)
 
 
 def _spread(times_s: list[float]) -> str:
@@ -240,12 +239,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--number", type=int, default=10_000, help="refusals to be counted")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--senders", type=int, default=4, help="requests at once; more of them wait for each other")
     parser.add_argument("--budget-s", type=float, default=3600.0, help="end earlier, and report what there is")
     parser.add_argument("--cache-dir", type=Path, default=Path.home() / ".cache" / "baton")
     parser.add_argument("--schemathesis", help="program to fuzz the OpenAPI document with")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, serving(MODEL, Path(folder), args.cache_dir) as server:
-        report = asyncio.run(besiege(server, args.number, args.seed, args.budget_s))
+        report = asyncio.run(besiege(server, args.number, args.seed, args.senders, args.budget_s))
         ordered = sorted(report.times_s)
         if ordered and ordered[int(0.99 * len(ordered))] > MAX_P99_S:
             report.wrong.append(f"the 99th percentile of refusals is above {MAX_P99_S * 1e3:g} ms")
