@@ -15,7 +15,7 @@ from tests.e2e.server import serving
 @pytest.mark.e2e
 @pytest.mark.model
 async def test_hostile_bodies_are_refused_and_nobody_else_notices(cache_dir: Path, tmp_path: Path) -> None:
-    with serving("smollm2", tmp_path, cache_dir, "--mode", "colocated") as server:
+    with serving("smollm2", tmp_path, cache_dir, "--mode", "colocated", "--num-kv-blocks", "256") as server:
         report = await besiege(server, number=300, seed=1)
     assert report.wrong == []
     assert report.num_refused >= 300 and report.num_streams > 0
