@@ -1,13 +1,14 @@
 """Bodies that no client should send: a fixed corpus, and random damage to bodies that are valid.
 
 1. `CORPUS` holds what has hurt servers before: numbers, Unicode, nesting, sizes, repeated names, encodings.
-2. `damaged` takes a valid body and does one thing to it. Some damage leaves it valid; what it generates is one token.
+2. `damaged` takes a valid body and does something to it. Some damage leaves it valid; what it generates is one token.
 3. `BROKEN_HTTP` is sent as it is, on a connection of its own.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import gzip
 import json
 import random
@@ -251,7 +252,8 @@ _OTHERS: tuple[tuple[str, str, Any], ...] = (
 )
 
 
-def corpus() -> list[Sent]:
+@functools.cache
+def corpus() -> tuple[Sent, ...]:
     """Return the corpus; everything in it is surely bad."""
     found = [Sent(name, CHAT, data) for name, data in _JSON]
     found += [Sent(name, CHAT, _chat(**fields)) for name, fields in _FIELDS]
@@ -263,7 +265,7 @@ def corpus() -> list[Sent]:
     found.append(Sent("gzip that is none", CHAT, good, {"Content-Encoding": "gzip"}))
     found.append(Sent("many encodings", CHAT, good, {"Content-Encoding": ", ".join(["gzip"] * 100)}))
     found.append(Sent("resume", CHAT, good, {"X-Request-ID": "x", "X-Resume-For": "soon"}))
-    return found
+    return tuple(found)
 
 
 def large() -> list[Sent]:
@@ -306,7 +308,7 @@ BROKEN_HTTP: tuple[tuple[str, bytes], ...] = (
 
 
 def damaged(dice: random.Random) -> Sent:
-    """Return a valid body with one thing done to it."""
+    """Return a valid body that something was done to."""
     path = dice.choice(list(VALID))
     body = copy.deepcopy(VALID[path])
     what = dice.choice(
@@ -315,7 +317,9 @@ def damaged(dice: random.Random) -> Sent:
     if what in ("value", "drop", "rename"):
         holder, key = dice.choice(list(_places(body)))
         if what == "value":
-            holder[key] = dice.choice(ODD_VALUES)
+            holder[key] = copy.deepcopy(dice.choice(ODD_VALUES))
+            holder, key = dice.choice(list(_places(body)))
+            holder[key] = copy.deepcopy(dice.choice(ODD_VALUES))
         elif what == "drop":
             del holder[key]
         elif isinstance(holder, dict):
