@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import asyncio
+import operator
 import secrets
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -23,10 +24,10 @@ from baton.outputs import CompletionOutput, Logprob, RequestOutput, logprobs_of
 from baton.sampling import SamplingParams
 from protocol.errors import InvalidRequest
 from router.api import ChatRequest, CompletionRequest, parse
+from router.bodies import body_of_fields
 from router.core import Core
 from router.intake import Job
 from router.prompt_logprobs import ReadPrompts, read_prompts
-from router.responses import encode_json
 from router.switchboard import Session
 from router.text import Piece
 
@@ -57,14 +58,14 @@ class Request:
         body = {"model": model_name, **self.sampling.body(self.messages is not None), **self.extra}
         parsed: ChatRequest | CompletionRequest
         if self.messages is not None:
-            parsed = parse(encode_json(body | {"messages": self.messages}), ChatRequest)
+            parsed = parse(body_of_fields(body | {"messages": self.messages}), ChatRequest)
         else:
             prompt = self.prompt
             if self.sampling.max_tokens is None:
                 # Chat takes what room there is by itself; a completion has to say how much.
                 prompt = core.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt or []
                 body["max_tokens"] = max(1, max_model_len - len(prompt))
-            parsed = parse(encode_json(body | {"prompt": prompt}), CompletionRequest)
+            parsed = parse(body_of_fields(body | {"prompt": prompt}), CompletionRequest)
         return core.intake.job(parsed, max_model_len)
 
 
@@ -275,10 +276,10 @@ def _plain_prompt(prompt: Prompt) -> str | list[int]:
         return _plain_prompt(found)
     if isinstance(prompt, str):
         return prompt
-    ids = list(prompt)
-    if not all(isinstance(token_id, int) for token_id in ids):
-        raise InvalidRequest("prompt: must be text or token ids", "prompt")
-    return ids
+    try:
+        return [operator.index(token_id) for token_id in prompt]
+    except TypeError as error:
+        raise InvalidRequest("prompt: must be text or token ids", "prompt") from error
 
 
 def _snapshot(output: RequestOutput) -> RequestOutput:

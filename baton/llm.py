@@ -167,7 +167,7 @@ def _end(engine: AsyncLLM, thread: LoopThread) -> None:
 def _is_one_prompt(prompts: Any) -> bool:
     if isinstance(prompts, str | Mapping):
         return True
-    return bool(prompts) and all(isinstance(part, int) for part in prompts)
+    return len(prompts) > 0 and all(hasattr(part, "__index__") for part in prompts)
 
 
 def _for_each(

@@ -40,6 +40,7 @@ from protocol.errors import (
 from protocol.request import FinishReason
 from router.access import Access
 from router.api import ChatRequest, CompletionRequest, parse
+from router.bodies import body_of_fields
 from router.config import RouterConfig
 from router.core import Core
 from router.deciding import Inquiry, decide
@@ -48,7 +49,6 @@ from router.grpc_decisions import decide_response, decisions_body
 from router.grpc_messages import MessageShape, body_of
 from router.intake import Job
 from router.prompt_logprobs import read_prompts
-from router.responses import encode_json
 from router.rpc import baton_v1_pb2 as pb
 from router.rpc import baton_v1_pb2_grpc as rpc
 from router.switchboard import OVERLOAD_RETRY_S, Session
@@ -87,6 +87,7 @@ class GrpcServer:
         self._watch: asyncio.Task[None] | None = None
         self._draining: asyncio.Task[None] | None = None
         self._server: Any = None
+        self._is_ready: bool | None = None
         self.port = 0
 
     async def start(self) -> None:
@@ -150,6 +151,9 @@ class GrpcServer:
     async def _tell_health(self) -> None:
         switchboard, statuses = self._core.switchboard, health_pb2.HealthCheckResponse
         is_ready = switchboard.registry.is_ready and not switchboard.is_draining
+        if is_ready is self._is_ready:
+            return
+        self._is_ready = is_ready
         for name in ("", SERVICE):
             await self._health.set(name, statuses.SERVING if is_ready else statuses.NOT_SERVING)
 
@@ -192,7 +196,7 @@ class BatonService(rpc.BatonServicer):  # type: ignore[misc, unused-ignore]
         parsed: list[DecisionsRequest] = []
 
         def make() -> Inquiry:
-            parsed.append(parse(encode_json(decisions_body(request, self._model)), DecisionsRequest))
+            parsed.append(parse(body_of_fields(decisions_body(request, self._model)), DecisionsRequest))
             inquiry = inquiry_of(parsed[0])
             return replace(
                 inquiry, cache_salt=self._access.salt(tenant, inquiry.cache_salt or told.get("cache_salt", ""))
@@ -232,7 +236,7 @@ class BatonService(rpc.BatonServicer):  # type: ignore[misc, unused-ignore]
     def _job(self, request: pb.GenerateRequest, tenant: str, told: dict[str, Any], max_model_len: int) -> Job:
         body, kind = body_of(request, self._model)
         body = {**told, **body}
-        parsed: ChatRequest | CompletionRequest = parse(encode_json(body), kind)
+        parsed: ChatRequest | CompletionRequest = parse(body_of_fields(body), kind)
         if parsed.request_id is not None and not _is_fit(parsed.request_id):
             raise InvalidRequest("request_id: must be 1 to 128 printable ASCII characters", "request_id")
         job = self._core.intake.job(parsed, max_model_len)

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import pytest_asyncio
 
@@ -70,6 +71,7 @@ def test_prompts_of_every_shape_say_the_same(llm: LLM) -> None:
     assert text.outputs[0].text == PARIS
     assert [(s.prompt, s.outputs) for s in shapes] == [(FRANCE, text.outputs)] * 4
     assert llm.generate([], GREEDY) == []
+    assert llm.generate(list(np.array(ids)), GREEDY)[0].outputs == text.outputs
     (whole,) = llm.generate([ids], SamplingParams(temperature=0, max_tokens=None, stop="answer"))
     assert whole.outputs[0].text == " Paris.\n\nThe " and whole.outputs[0].stop_reason == "answer"
 
@@ -97,6 +99,11 @@ def test_what_cannot_be_run_names_its_field(llm: LLM) -> None:
         (SamplingParams(temperature=-1), "temperature"),
         (SamplingParams(logit_bias={10**9: 1.0}), "logit_bias"),
         (SamplingParams(max_tokens=10**6), "max_tokens"),
+        (SamplingParams(temperature=float("nan")), "temperature"),
+        (SamplingParams(logit_bias={5: float("inf")}), "logit_bias"),
+        (SamplingParams(seed=1 << 80), "seed"),
+        (SamplingParams(stop="\ud800"), "stop"),
+        (SamplingParams(structured_outputs={"regex": "("}), "structured_outputs"),
     ):
         with pytest.raises((InvalidRequest, ContextTooLong)) as caught:
             llm.generate([FRANCE, FRANCE], [GREEDY, bad])

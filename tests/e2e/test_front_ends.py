@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from baton import LLM, SamplingParams
+from baton.batch_cli import main as run_batch
 from baton.grpc_client import AsyncClient, CallRefused, Client
 from tests.e2e.server import Server, serving, wait_until
 
@@ -152,6 +153,18 @@ async def test_a_slow_reader_holds_up_nobody(sides: Sides) -> None:
         assert texts
         await slow.aclose()
     await asyncio.to_thread(sides.none_leased)
+
+
+def test_a_batch_against_the_server_has_its_answers(sides: Sides, tmp_path: Path) -> None:
+    body = {"model": "smollm2", "prompt": PROMPT, "max_tokens": 8, "temperature": 0}
+    lines = [{"custom_id": str(i), "method": "POST", "url": "/v1/completions", "body": body} for i in range(8)]
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines) + "{}\n")
+    assert run_batch([str(source), str(out), "--url", sides.server.url, "--concurrency", "3"]) == 0
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    (choice,) = sides.post("/v1/completions", body)["choices"]
+    texts = [one["response"]["body"]["choices"][0]["text"] for one in found if one["response"]]
+    assert texts == [choice["text"]] * 8 and len(found) == 9
 
 
 def test_what_a_prompt_is_read_for_is_the_same(sides: Sides, llm: LLM) -> None:

@@ -183,6 +183,8 @@ async def test_errors_have_the_right_status_and_name_the_field(on_grpc: GrpcStag
         ({}, code.INVALID_ARGUMENT, "prompt"),
         ({"prompt": "a", "prompt_token_ids": [1]}, code.INVALID_ARGUMENT, "prompt_token_ids"),
         ({"prompt": "a", "temperature": -1.0}, code.INVALID_ARGUMENT, "temperature"),
+        ({"prompt": "a", "temperature": float("nan")}, code.INVALID_ARGUMENT, "temperature"),
+        ({"prompt": "a", "logit_bias": {1: float("inf")}}, code.INVALID_ARGUMENT, "logit_bias"),
         ({"prompt": "a", "max_tokens": 9999}, code.INVALID_ARGUMENT, "max_tokens"),
         ({"prompt": "a" * 300}, code.INVALID_ARGUMENT, "prompt"),
         ({"prompt": "a", "add_generation_prompt": True}, code.INVALID_ARGUMENT, "add_generation_prompt"),
