@@ -38,6 +38,7 @@ class Core:
     def __init__(self, config: RouterConfig, tokenizer: Tokenizer, switchboard: Switchboard) -> None:
         self.tokenizer = tokenizer
         self.switchboard = switchboard
+        self.max_num_requests = config.max_num_requests
         self.intake = Intake(tokenizer, config.served_model_names)
         self._threads = ThreadPoolExecutor(NUM_TEXT_THREADS, thread_name_prefix="text")
 
