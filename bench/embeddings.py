@@ -3,10 +3,10 @@
     baton serve minilm --port 8000
     python -m bench.embeddings --url http://127.0.0.1:8000 --model minilm [--plain FOLDER]
 
-1. Texts are lists of random token ids of one length, so that nobody's tokenizer is measured. 2. `--concurrency` requests
-of `--inputs` texts each are kept open until the time is over; only texts answered within it count. 3. With `--plain`, the
-encoder in FOLDER then computes such texts in this process, one after another, without HTTP, router or worker: what the
-server could reach on the cores that this process has. Run it where the server is idle.
+1. Texts are lists of random token ids of one length, so that nobody's tokenizer is measured. 2. `--concurrency`
+requests of `--inputs` texts each are kept open until the time is over; only texts answered within it count. 3. With
+`--plain`, the encoder in FOLDER then computes such texts in this process, without HTTP, router or worker: what the
+server could reach with so many threads, while it is idle.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ async def served(url: str, model: str, num_tokens: int, arguments: argparse.Name
 
 
 def plain(folder: str, num_tokens: int, arguments: argparse.Namespace) -> Rate:
-    """Measure torch in this process: transformers' BertModel where it is installed is no faster than its operations."""
+    """Measure the same operations in this process, written out here so that nothing of ours takes part."""
     import torch
     import torch.nn.functional as F
     from safetensors.torch import load_file
