@@ -13,11 +13,11 @@ import torch
 
 from engine.config import EngineConfig
 from engine.encoder_loading import LoadedEncoder, is_encoder_model, load_embedder
+from engine.encoder_stepper import AbortText, EncoderStepper, SubmitText, Text, VectorReady
 from engine.loading import LoadedModel, preload
 from engine.pooling import Pool
 from engine.runner import BatchRunner
 from model.batch import ForwardBatch
-from prefill.encoder_stepper import AbortText, EncoderStepper, SubmitText, Text, VectorReady
 from prefill.stepper import FirstTokenReady, ReadingsReady
 from protocol.errors import ConfigError
 from protocol.readout import Pooling, ReadEmbedding, ReadLabels
