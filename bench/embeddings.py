@@ -4,7 +4,7 @@
     python -m bench.embeddings --url http://127.0.0.1:8000 --model minilm [--plain FOLDER]
 
 1. Texts are lists of random token ids of one length, so that nobody's tokenizer is measured. 2. `--concurrency`
-requests of `--inputs` texts each are kept open until the time is over; only texts answered within it count. 3. With
+requests of `--inputs` texts each are kept open until the time is over, and each is waited for. 3. With
 `--plain`, the encoder in FOLDER then computes such texts in this process, without HTTP, router or worker: what the
 server could reach with so many threads, while it is idle.
 """
@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import random
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import aiohttp
 
@@ -25,10 +27,16 @@ FIRST_ID, LAST_ID = 1000, 30_000
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """Texts answered in so many seconds."""
+    """Texts answered in so many seconds, with the processor time of whoever computed them."""
 
     num_texts: int
     elapsed_s: float
+    cpu_s: float = 0.0
+
+    @property
+    def cpu_ms_per_text(self) -> float:
+        """Processor time of the workers, or of this process, for one text: it says something on a busy machine, too."""
+        return 1000 * self.cpu_s / max(1, self.num_texts)
 
     @property
     def texts_per_s(self) -> float:
@@ -55,16 +63,28 @@ async def served(url: str, model: str, num_tokens: int, arguments: argparse.Name
                 answer = await response.json()
                 if response.status != 200:
                     raise RuntimeError(f"{response.status}: {answer}")
-            if time.monotonic() < end_s:
-                num_done += len(answer["data"])
+            num_done += len(answer["data"])
 
     async with aiohttp.ClientSession() as http:
         end_s = time.monotonic() + arguments.warm_up_s
         await asyncio.gather(*(client(http, seed) for seed in range(arguments.concurrency)))
-        num_done, begin_s = 0, time.monotonic()
+        cpu_s, num_done, begin_s = await workers_cpu_s(http, url), 0, time.monotonic()
         end_s = begin_s + arguments.seconds
         await asyncio.gather(*(client(http, 1000 + seed) for seed in range(arguments.concurrency)))
-    return Rate(num_done, arguments.seconds)
+        cpu_s = await workers_cpu_s(http, url) - cpu_s
+    return Rate(num_done, time.monotonic() - begin_s, cpu_s)
+
+
+async def workers_cpu_s(http: aiohttp.ClientSession, url: str) -> float:
+    """Return the processor time that the workers of a server on this machine have used."""
+    async with http.get(f"{url}/census") as response:
+        pids = {worker["pid"] for worker in (await response.json())["workers"]}
+    return sum(map(_cpu_s, pids))
+
+
+def _cpu_s(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def plain(folder: str, num_tokens: int, arguments: argparse.Namespace) -> Rate:
@@ -104,11 +124,17 @@ def plain(folder: str, num_tokens: int, arguments: argparse.Namespace) -> Rate:
     rng, num_done = random.Random(1), 0
     with torch.inference_mode():
         forward(torch.tensor(texts(rng, arguments.batch, num_tokens)))
-        begin_s = time.monotonic()
+        begin_s, cpu_s = time.monotonic(), time.process_time()
         while (elapsed_s := time.monotonic() - begin_s) < arguments.seconds:
             forward(torch.tensor(texts(rng, arguments.batch, num_tokens)))
             num_done += arguments.batch
-    return Rate(num_done, elapsed_s)
+    return Rate(num_done, elapsed_s, time.process_time() - cpu_s)
+
+
+def say(num_tokens: int, what: str, rate: Rate) -> None:
+    """Print one line."""
+    figures = f"{rate.texts_per_s:8.1f} texts/s  {rate.cpu_ms_per_text:8.2f} ms of processor time a text"
+    print(f"{num_tokens:>4} tokens  {what:<34} {figures}", flush=True)
 
 
 def main() -> None:
@@ -128,11 +154,11 @@ def main() -> None:
     for num_tokens in LENGTHS:
         if arguments.url:
             rate = asyncio.run(served(arguments.url, arguments.model, num_tokens, arguments))
-            print(f"{num_tokens:>4} tokens  served  {rate.texts_per_s:8.1f} texts/s", flush=True)
+            say(num_tokens, "served", rate)
         if arguments.plain:
             rate = plain(arguments.plain, num_tokens, arguments)
             name = f"plain torch, {arguments.threads} threads, batch {arguments.batch}"
-            print(f"{num_tokens:>4} tokens  {name}  {rate.texts_per_s:8.1f} texts/s", flush=True)
+            say(num_tokens, name, rate)
 
 
 if __name__ == "__main__":
