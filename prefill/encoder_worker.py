@@ -16,9 +16,9 @@ import msgspec
 
 from engine.compute_loop import ComputeLoop
 from engine.encoder_loading import LoadedEncoder, load_embedder
+from engine.encoder_stepper import AbortText, EncoderStepper, SubmitText, Text, VectorReady, warm_up
 from engine.service import WorkerService, drain_on_signals, new_registration
 from prefill.config import PrefillConfig
-from prefill.encoder_stepper import AbortText, EncoderStepper, SubmitText, Text, VectorReady, warm_up
 from protocol.readout import ReadEmbedding
 from protocol.wire import Declined, PeerAddress, Prefill, Readings, Reserve, Role, WorkerStats
 

@@ -42,6 +42,7 @@ class Core:
     def __init__(self, config: RouterConfig, tokenizer: Tokenizer, switchboard: Switchboard) -> None:
         self.tokenizer = tokenizer
         self.switchboard = switchboard
+        self.max_num_requests = config.max_num_requests
         self.intake = Intake(tokenizer, config.served_model_names)
         self.open_requests = OpenRequests()
         self.grammars = GrammarChecks(config.model_path)

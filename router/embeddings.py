@@ -179,9 +179,10 @@ class EmbeddingRoutes:
 
         queries = await core.admit_readouts(len(body), make, embeds=True)
         vectors: list[bytes] = []
+        size = min(PART_INPUTS, core.max_num_requests)
         salt = self._salt(request, parsed[0].cache_salt or "")
-        for first in range(0, len(queries), PART_INPUTS):
-            vectors += await self._vectors(queries[first : first + PART_INPUTS], salt, arrived_s)
+        for first in range(0, len(queries), size):
+            vectors += await self._vectors(queries[first : first + size], salt, arrived_s)
         num_tokens = sum(query.num_tokens for query in queries)
         num_bytes = sum(map(len, vectors))
         answer = await core.off_loop(num_bytes, lambda: answer_of(parsed[0], vectors, num_tokens))

@@ -80,6 +80,19 @@ def test_packed_attention_is_that_of_single_texts() -> None:
         torch.testing.assert_close(found, _attend(rows, [_Group(None, None, 1)], 4))
 
 
+def test_a_packed_batch_gives_what_single_texts_give(tmp_path: Path) -> None:
+    """What a GPU does with a batch, here on the CPU: all tokens in one matrix, in float32."""
+    encoder = _load(tmp_path)
+    texts = [[(7 * i + n) % 200 for i in range(n)] for n in (9, 3, 30, 10, 9)]
+    lengths = [len(text) for text in texts]
+    tokens = torch.tensor([token_id for text in texts for token_id in text])
+    places = torch.cat([torch.arange(length) for length in lengths])
+    with torch.inference_mode():
+        packed = encoder._forward(lengths, tokens, places).split(lengths)
+    for alone, among in zip(encoder.forward(texts), packed, strict=True):
+        torch.testing.assert_close(among, alone)
+
+
 def test_a_config_is_read_and_what_cannot_be_run_is_refused(tmp_path: Path) -> None:
     files = resolve(_dummy(tmp_path), tmp_path, print)
     config = read_encoder_config(files)

@@ -199,7 +199,7 @@ def test_forty_questions_compute_their_state_once(native: LoadedModel) -> None:
 
 def test_a_worker_refuses_what_it_cannot_read(native: LoadedModel) -> None:
     assert "256" in (refusal_of(_message(1, [3], ReadLabels(token_ids=(256,))), native) or "")
-    assert "embeddings" in (refusal_of(_message(1, [3], ReadEmbedding(pooling=Pooling.MEAN)), native) or "")
+    assert "encoders" in (refusal_of(_message(1, [3], ReadEmbedding(pooling=Pooling.CLS)), native) or "")
 
 
 def test_the_real_model_reads_what_a_float32_forward_gives(cache_dir: Path) -> None:
