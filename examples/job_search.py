@@ -1,0 +1,289 @@
+"""Turn job searches typed in plain words into structured queries, each within a deadline.
+
+    make serve                                                              in one terminal
+    .venv/bin/python examples/job_search.py "remote python jobs over 80k"   in another
+    .venv/bin/python examples/job_search.py                                 the sample's searches, with a summary
+
+1. Every prompt begins with the same few worked examples, so that the server computes these once and keeps them.
+2. The answer is JSON bound by a schema: enums, bounds of numbers, lengths of texts. It is short, so it is not streamed.
+3. Searches of a file are sent one after the other, or `--concurrency` at once; latencies are held against `--budget-ms`.
+4. Where a search of the file says what is expected, the share of right fields is printed.
+
+Only HTTP is spoken here, so that this file runs against any OpenAI server that knows `response_format`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+import aiohttp
+import msgspec
+from msgspec import Meta
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+SAMPLE: Final = Path(__file__).parent / "searches.jsonl"
+REQUEST_BUDGET_S: Final = 120.0
+# The longest answer that the schema allows has fewer tokens, unless every character is a token of its own.
+MAX_TOKENS: Final = 160
+SALARY_BOUNDS: Final = (10_000, 500_000)
+
+TASK: Final = """\
+Turn the job search into a query as JSON. Use only what the search says: null, any or an empty list where it says \
+nothing."""
+
+Title = Annotated[str, Meta(max_length=48)]
+Skill = Annotated[str, Meta(max_length=24)]
+Place = Annotated[str, Meta(max_length=32)]
+Salary = Annotated[int, Meta(ge=SALARY_BOUNDS[0], le=SALARY_BOUNDS[1])]
+
+
+class Query(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A structured query; salaries in a year, in whatever currency the market has."""
+
+    title: Title
+    skills: Annotated[list[Skill], Meta(max_length=5)]
+    location: Place | None
+    remote: Literal["any", "remote", "hybrid", "onsite"]
+    seniority: Literal["any", "junior", "mid", "senior", "lead"]
+    salary_min: Salary | None
+    salary_max: Salary | None
+
+
+class Search(msgspec.Struct, frozen=True):
+    """A line of a file: what was typed, and the fields that a person would have filled."""
+
+    search: str
+    expected: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A search and what came back; `query` is None where the answer is not what the schema asks for."""
+
+    search: Search
+    query: Query | None
+    text: str
+    duration_s: float
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_output_tokens: int
+
+
+class ServerError(Exception):
+    """The server cannot be reached, or refused a request."""
+
+
+EXAMPLES: Final = (
+    (
+        "senior backend engineer with go and grpc in Paris, 90k+",
+        Query("Backend engineer", ["Go", "gRPC"], "Paris", "any", "senior", 90_000, None),
+    ),
+    (
+        "work from home as a translator",
+        Query("Translator", [], None, "remote", "any", None, None),
+    ),
+    (
+        "graduate civil engineer near Oslo, autocad, from 40000 to 50000",
+        Query("Civil engineer", ["AutoCAD"], "Oslo", "any", "junior", 40_000, 50_000),
+    ),
+    (
+        "head of sales, hybrid, Madrid",
+        Query("Head of sales", [], "Madrid", "hybrid", "lead", None, None),
+    ),
+    (
+        "cook in the restaurant itself, up to 35k",
+        Query("Cook", [], None, "onsite", "any", None, 35_000),
+    ),
+)
+
+
+# --- asking ---
+
+
+def body_of(search: str, model: str) -> dict[str, Any]:
+    """Return the request; examples first, so that all searches share them."""
+    messages = [{"role": "system", "content": TASK}]
+    for typed, query in EXAMPLES:
+        messages.append({"role": "user", "content": typed})
+        messages.append({"role": "assistant", "content": msgspec.json.encode(query).decode()})
+    messages.append({"role": "user", "content": search})
+    schema = msgspec.json.schema(Query)
+    return {
+        "model": model,
+        "messages": messages,
+        "temperature": 0,
+        "max_tokens": MAX_TOKENS,
+        "response_format": {"type": "json_schema", "json_schema": {"name": "query", "schema": schema, "strict": True}},
+    }
+
+
+async def ask(http: aiohttp.ClientSession, search: Search, model: str) -> Answered:
+    """Send one search.
+
+    Raises:
+        ServerError: it was refused, or the server cannot be reached.
+    """
+    begun_s = time.perf_counter()
+    try:
+        async with http.post("/v1/chat/completions", json=body_of(search.search, model)) as response:
+            if response.status != 200:
+                raise ServerError(f"HTTP {response.status}: {await response.text()}")
+            answer = await response.json()
+    except (aiohttp.ClientError, TimeoutError) as error:
+        raise ServerError(f"cannot reach the server ({error!r}); start one with: make serve") from error
+    duration_s = time.perf_counter() - begun_s
+    text, usage = answer["choices"][0]["message"]["content"], answer["usage"]
+    try:
+        query = msgspec.json.decode(text, type=Query)
+    except msgspec.MsgspecError:
+        query = None
+    num_cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+    return Answered(
+        search, query, text, duration_s, usage["prompt_tokens"], num_cached, usage["completion_tokens"]
+    )
+
+
+async def ask_all(http: aiohttp.ClientSession, searches: Sequence[Search], model: str, limit: int) -> list[Answered]:
+    """Send all searches, at most `limit` at once; answers in the searches' order."""
+    gate = asyncio.Semaphore(limit)
+
+    async def one(search: Search) -> Answered:
+        async with gate:
+            return await ask(http, search, model)
+
+    return await asyncio.gather(*(one(search) for search in searches))
+
+
+# --- showing ---
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """Return the smallest value that `percent` of all do not exceed."""
+    return sorted(values)[max(0, math.ceil(len(values) * percent / 100) - 1)]
+
+
+def table_of(answers: Sequence[Answered]) -> Table:
+    """Return a row for each search."""
+    table = Table("search", "query", "ms", title="Searches", title_justify="left", expand=True)
+    for one in answers:
+        shown = escape(one.text) if one.query is None else query_line(one)
+        table.add_row(escape(one.search.search), shown, f"{one.duration_s * 1000:.0f}")
+    return table
+
+
+def query_line(answered: Answered) -> str:
+    """Return the query in one line; fields that differ from what is expected are red."""
+    assert answered.query is not None, "only valid answers have a line"
+    expected, shown = answered.search.expected or {}, []
+    for name, value in msgspec.structs.asdict(answered.query).items():
+        if value in (None, "any", []) and not is_wrong(name, value, expected):
+            continue
+        text = escape(f"{name}={', '.join(value) if isinstance(value, list) else value}")
+        shown.append(f"[red]{text}[/]" if is_wrong(name, value, expected) else text)
+    return "  ".join(shown)
+
+
+def is_wrong(name: str, value: Any, expected: dict[str, Any]) -> bool:
+    """Say whether a field differs from what a person expects; capitals do not count."""
+    if name not in expected:
+        return False
+    return str(value).casefold() != str(expected[name]).casefold()
+
+
+def show_summary(console: Console, answers: Sequence[Answered], budget_ms: float) -> None:
+    """Print latencies, tokens, and where anything is expected the share of right fields."""
+    latencies = [one.duration_s * 1000 for one in answers]
+    p50, p95 = percentile(latencies, 50), percentile(latencies, 95)
+    num_valid = sum(one.query is not None for one in answers)
+    num_within = sum(ms <= budget_ms for ms in latencies)
+    cached = percentile([one.num_cached_tokens for one in answers], 50)
+    prompt = percentile([one.num_prompt_tokens for one in answers], 50)
+    output = percentile([one.num_output_tokens for one in answers], 50)
+    verdict = "[green]kept[/]" if p95 <= budget_ms else "[red]missed[/]"
+    console.print(
+        f"valid JSON {num_valid}/{len(answers)}   p50 {p50:.0f} ms   p95 {p95:.0f} ms   "
+        f"budget {budget_ms:.0f} ms {verdict} ({num_within}/{len(answers)} searches within it)"
+    )
+    console.print(f"median tokens: {prompt:.0f} in, {cached:.0f} of them from the prefix cache; {output:.0f} out")
+    judged = [(one.search.expected, one.query) for one in answers if one.search.expected]
+    if judged:
+        shares = [(name, *share_right(name, judged)) for name in judged[0][0] or {}]
+        text = "   ".join(f"{name} {num_right}/{num_all}" for name, num_right, num_all in shares)
+        console.print(f"right fields: {text}")
+
+
+def share_right(name: str, judged: Sequence[tuple[dict[str, Any] | None, Query | None]]) -> tuple[int, int]:
+    """Return how often a field is right, and how often it is expected."""
+    pairs = [(expected, query) for expected, query in judged if expected and name in expected]
+    right = [query is not None and not is_wrong(name, getattr(query, name), expected) for expected, query in pairs]
+    return sum(right), len(pairs)
+
+
+# --- the command ---
+
+
+def arguments() -> argparse.Namespace:
+    """Return the parsed command line."""
+    parser = argparse.ArgumentParser(description="Turn job searches in plain words into structured queries.")
+    parser.add_argument("search", nargs="?", help="one search; without it, every search of --file")
+    parser.add_argument("--file", type=Path, default=SAMPLE, help="JSON lines with `search` and perhaps `expected`")
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="the server, without /v1")
+    parser.add_argument("--model", default="smollm2", help="as the server calls it")
+    parser.add_argument("--api-key", default="none", help="sent as a bearer token")
+    parser.add_argument("--concurrency", type=int, default=1, help="searches at once")
+    parser.add_argument("--budget-ms", type=float, default=600.0, help="what the 95th percentile is held against")
+    parser.add_argument("--json", action="store_true", help="print answers as JSON lines and nothing else")
+    return parser.parse_args()
+
+
+def read_searches(path: Path) -> list[Search]:
+    """Return the searches of a file, one in each line that is not empty."""
+    return [msgspec.json.decode(line, type=Search) for line in path.read_bytes().splitlines() if line.strip()]
+
+
+async def run(options: argparse.Namespace, console: Console) -> int:
+    """Ask and print; return the exit code."""
+    searches = [Search(options.search)] if options.search else read_searches(options.file)
+    headers = {"Authorization": f"Bearer {options.api_key}"}
+    budget = aiohttp.ClientTimeout(total=REQUEST_BUDGET_S)
+    async with aiohttp.ClientSession(options.url, headers=headers, timeout=budget) as http:
+        # Unmeasured, as a service would at its start: the examples are in the prefix cache, the schema is compiled.
+        await ask(http, Search("hello"), options.model)
+        answers = await ask_all(http, searches, options.model, max(1, options.concurrency))
+    if options.json:
+        for one in answers:
+            query = None if one.query is None else msgspec.to_builtins(one.query)
+            print(json.dumps({"search": one.search.search, "query": query, "ms": round(one.duration_s * 1000, 1)}))
+    elif options.search:
+        console.print_json(answers[0].text if answers[0].query else json.dumps(answers[0].text))
+        show_summary(console, answers, options.budget_ms)
+    else:
+        console.print(table_of(answers))
+        show_summary(console, answers, options.budget_ms)
+    return 0 if all(one.query is not None for one in answers) else 1
+
+
+def main() -> int:
+    """Run the example."""
+    try:
+        return asyncio.run(run(arguments(), Console()))
+    except (ServerError, OSError, msgspec.MsgspecError) as error:
+        print(f"job_search: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
