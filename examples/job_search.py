@@ -6,7 +6,8 @@
 
 1. Every prompt begins with the same few worked examples, so that the server computes these once and keeps them.
 2. The answer is JSON bound by a schema: enums, bounds of numbers, lengths of texts. It is short, so it is not streamed.
-3. Searches of a file are sent one after the other, or `--concurrency` at once; latencies are held against `--budget-ms`.
+3. Searches of a file are sent one after the other, or `--concurrency` at once; latencies are held against
+`--budget-ms`.
 4. Where a search of the file says what is expected, the share of right fields is printed.
 
 Only HTTP is spoken here, so that this file runs against any OpenAI server that knows `response_format`.
@@ -81,7 +82,7 @@ class Answered:
 
 
 class ServerError(Exception):
-    """The server cannot be reached, or refused a request."""
+    """The server refused a request."""
 
 
 EXAMPLES: Final = (
@@ -132,16 +133,14 @@ async def ask(http: aiohttp.ClientSession, search: Search, model: str) -> Answer
     """Send one search.
 
     Raises:
-        ServerError: it was refused, or the server cannot be reached.
+        ServerError: it was refused.
+        aiohttp.ClientError, TimeoutError: the server cannot be reached, or says nothing.
     """
     begun_s = time.perf_counter()
-    try:
-        async with http.post("/v1/chat/completions", json=body_of(search.search, model)) as response:
-            if response.status != 200:
-                raise ServerError(f"HTTP {response.status}: {await response.text()}")
-            answer = await response.json()
-    except (aiohttp.ClientError, TimeoutError) as error:
-        raise ServerError(f"cannot reach the server ({error!r}); start one with: make serve") from error
+    async with http.post("/v1/chat/completions", json=body_of(search.search, model)) as response:
+        if response.status != 200:
+            raise ServerError(f"HTTP {response.status}: {(await response.text())[:500]}")
+        answer = await response.json()
     duration_s = time.perf_counter() - begun_s
     text, usage = answer["choices"][0]["message"]["content"], answer["usage"]
     try:
@@ -149,9 +148,7 @@ async def ask(http: aiohttp.ClientSession, search: Search, model: str) -> Answer
     except msgspec.MsgspecError:
         query = None
     num_cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
-    return Answered(
-        search, query, text, duration_s, usage["prompt_tokens"], num_cached, usage["completion_tokens"]
-    )
+    return Answered(search, query, text, duration_s, usage["prompt_tokens"], num_cached, usage["completion_tokens"])
 
 
 async def ask_all(http: aiohttp.ClientSession, searches: Sequence[Search], model: str, limit: int) -> list[Answered]:
@@ -240,11 +237,18 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--file", type=Path, default=SAMPLE, help="JSON lines with `search` and perhaps `expected`")
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="the server, without /v1")
     parser.add_argument("--model", default="smollm2", help="as the server calls it")
-    parser.add_argument("--api-key", default="none", help="sent as a bearer token")
-    parser.add_argument("--concurrency", type=int, default=1, help="searches at once")
+    parser.add_argument("--api-key", help="sent as a bearer token")
+    parser.add_argument("--concurrency", type=at_least_one, default=1, help="searches at once")
     parser.add_argument("--budget-ms", type=float, default=600.0, help="what the 95th percentile is held against")
     parser.add_argument("--json", action="store_true", help="print answers as JSON lines and nothing else")
     return parser.parse_args()
+
+
+def at_least_one(text: str) -> int:
+    """Return a whole number above 0, for argparse."""
+    if (value := int(text)) < 1:
+        raise ValueError("must be at least 1")
+    return value
 
 
 def read_searches(path: Path) -> list[Search]:
@@ -255,12 +259,12 @@ def read_searches(path: Path) -> list[Search]:
 async def run(options: argparse.Namespace, console: Console) -> int:
     """Ask and print; return the exit code."""
     searches = [Search(options.search)] if options.search else read_searches(options.file)
-    headers = {"Authorization": f"Bearer {options.api_key}"}
+    headers = {"Authorization": f"Bearer {options.api_key}"} if options.api_key else {}
     budget = aiohttp.ClientTimeout(total=REQUEST_BUDGET_S)
     async with aiohttp.ClientSession(options.url, headers=headers, timeout=budget) as http:
         # Unmeasured, as a service would at its start: the examples are in the prefix cache, the schema is compiled.
         await ask(http, Search("hello"), options.model)
-        answers = await ask_all(http, searches, options.model, max(1, options.concurrency))
+        answers = await ask_all(http, searches, options.model, options.concurrency)
     if options.json:
         for one in answers:
             query = None if one.query is None else msgspec.to_builtins(one.query)
@@ -276,13 +280,16 @@ async def run(options: argparse.Namespace, console: Console) -> int:
 
 def main() -> int:
     """Run the example."""
+    options = arguments()
     try:
-        return asyncio.run(run(arguments(), Console()))
-    except (ServerError, OSError, msgspec.MsgspecError) as error:
-        print(f"job_search: {error}", file=sys.stderr)
-        return 1
+        return asyncio.run(run(options, Console()))
+    except (aiohttp.ClientConnectorError, ConnectionError) as error:
+        print(f"no server at {options.url} ({error}); start one with: make serve", file=sys.stderr)
+    except (ServerError, aiohttp.ClientError, TimeoutError, OSError, msgspec.MsgspecError) as error:
+        print(f"job_search: {error or type(error).__name__}", file=sys.stderr)
     except KeyboardInterrupt:
         return 130
+    return 1
 
 
 if __name__ == "__main__":
