@@ -28,7 +28,7 @@ from typing import Annotated, Any, Final, Literal
 
 import aiohttp
 import msgspec
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -37,32 +37,33 @@ SAMPLE: Final = Path(__file__).parent / "searches.jsonl"
 REQUEST_BUDGET_S: Final = 120.0
 # The longest answer that the schema allows has fewer tokens, unless every character is a token of its own.
 MAX_TOKENS: Final = 160
-SALARY_BOUNDS: Final = (10_000, 500_000)
 
-TASK: Final = """\
-Turn the job search into a query as JSON. Use only what the search says: null, any or an empty list where it says \
-nothing."""
+TASK: Final = "Turn the job search into a query as JSON. Leave out what the search does not say."
 
 Title = Annotated[str, Meta(max_length=48)]
-Skill = Annotated[str, Meta(max_length=24)]
+Skills = Annotated[list[Annotated[str, Meta(max_length=24)]], Meta(min_length=1, max_length=5)]
 Place = Annotated[str, Meta(max_length=32)]
-Salary = Annotated[int, Meta(ge=SALARY_BOUNDS[0], le=SALARY_BOUNDS[1])]
+Salary = Annotated[int, Meta(ge=10_000, le=500_000)]
 
 
 class Query(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A structured query; salaries in a year, in whatever currency the market has."""
+    """A structured query. The one type binds what is generated, and checks it.
+
+    What a search does not say is left out rather than written as null: half of the tokens, and so half of the time.
+    Salaries are for a year, in whatever currency the market has.
+    """
 
     title: Title
-    skills: Annotated[list[Skill], Meta(max_length=5)]
-    location: Place | None
-    remote: Literal["any", "remote", "hybrid", "onsite"]
-    seniority: Literal["any", "junior", "mid", "senior", "lead"]
-    salary_min: Salary | None
-    salary_max: Salary | None
+    skills: Skills | UnsetType = UNSET
+    location: Place | UnsetType = UNSET
+    remote: Literal["remote", "hybrid", "onsite"] | UnsetType = UNSET
+    seniority: Literal["junior", "mid", "senior", "lead"] | UnsetType = UNSET
+    salary_min: Salary | UnsetType = UNSET
+    salary_max: Salary | UnsetType = UNSET
 
 
 class Search(msgspec.Struct, frozen=True):
-    """A line of a file: what was typed, and the fields that a person would have filled."""
+    """A line of a file: what was typed, and the fields that a person would have filled; null is for none."""
 
     search: str
     expected: dict[str, Any] | None = None
@@ -85,27 +86,36 @@ class ServerError(Exception):
     """The server refused a request."""
 
 
+# All of the prompt but the search itself: computed once, so that more of them cost nothing per search.
 EXAMPLES: Final = (
     (
         "senior backend engineer with go and grpc in Paris, 90k+",
-        Query("Backend engineer", ["Go", "gRPC"], "Paris", "any", "senior", 90_000, None),
+        Query("Backend engineer", skills=["Go", "gRPC"], location="Paris", seniority="senior", salary_min=90_000),
     ),
-    (
-        "work from home as a translator",
-        Query("Translator", [], None, "remote", "any", None, None),
-    ),
+    ("work from home as a translator", Query("Translator", remote="remote")),
+    ("Lyon teacher", Query("Teacher", location="Lyon")),
     (
         "graduate civil engineer near Oslo, autocad, from 40000 to 50000",
-        Query("Civil engineer", ["AutoCAD"], "Oslo", "any", "junior", 40_000, 50_000),
+        Query(
+            "Civil engineer",
+            skills=["AutoCAD"],
+            location="Oslo",
+            seniority="junior",
+            salary_min=40_000,
+            salary_max=50_000,
+        ),
     ),
+    ("head of sales, hybrid, Madrid", Query("Head of sales", location="Madrid", remote="hybrid", seniority="lead")),
+    ("cook in the restaurant itself, up to 35k", Query("Cook", remote="onsite", salary_max=35_000)),
+    ("truck driver in Hamburg", Query("Truck driver", location="Hamburg")),
     (
-        "head of sales, hybrid, Madrid",
-        Query("Head of sales", [], "Madrid", "hybrid", "lead", None, None),
+        "mid level tester using selenium, fully remote, 50k to 60k",
+        Query("Tester", skills=["Selenium"], remote="remote", seniority="mid", salary_min=50_000, salary_max=60_000),
     ),
-    (
-        "cook in the restaurant itself, up to 35k",
-        Query("Cook", [], None, "onsite", "any", None, 35_000),
-    ),
+    ("something with biology in Prague, over 45k", Query("Biologist", location="Prague", salary_min=45_000)),
+    ("plumber on site in Turin", Query("Plumber", location="Turin", remote="onsite")),
+    ("hybrid copywriter roles in Ghent", Query("Copywriter", location="Ghent", remote="hybrid")),
+    ("I want to lead a support team, at least 70k", Query("Support team lead", seniority="lead", salary_min=70_000)),
 )
 
 
@@ -172,7 +182,7 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 def table_of(answers: Sequence[Answered]) -> Table:
     """Return a row for each search."""
-    table = Table("search", "query", "ms", title="Searches", title_justify="left", expand=True)
+    table = Table("search", "query", "ms", title="Searches", title_justify="left")
     for one in answers:
         shown = escape(one.text) if one.query is None else query_line(one)
         table.add_row(escape(one.search.search), shown, f"{one.duration_s * 1000:.0f}")
@@ -180,14 +190,15 @@ def table_of(answers: Sequence[Answered]) -> Table:
 
 
 def query_line(answered: Answered) -> str:
-    """Return the query in one line; fields that differ from what is expected are red."""
+    """Return the query in one line; fields that differ from what is expected are red, left out ones too."""
     assert answered.query is not None, "only valid answers have a line"
     expected, shown = answered.search.expected or {}, []
     for name, value in msgspec.structs.asdict(answered.query).items():
-        if value in (None, "any", []) and not is_wrong(name, value, expected):
+        wrong = is_wrong(name, value, expected)
+        if value is UNSET and not wrong:
             continue
-        text = escape(f"{name}={', '.join(value) if isinstance(value, list) else value}")
-        shown.append(f"[red]{text}[/]" if is_wrong(name, value, expected) else text)
+        text = "none" if value is UNSET else ", ".join(value) if isinstance(value, list) else value
+        shown.append(f"[red]{escape(f'{name}={text}')}[/]" if wrong else escape(f"{name}={text}"))
     return "  ".join(shown)
 
 
@@ -195,7 +206,7 @@ def is_wrong(name: str, value: Any, expected: dict[str, Any]) -> bool:
     """Say whether a field differs from what a person expects; capitals do not count."""
     if name not in expected:
         return False
-    return str(value).casefold() != str(expected[name]).casefold()
+    return str(None if value is UNSET else value).casefold() != str(expected[name]).casefold()
 
 
 def show_summary(console: Console, answers: Sequence[Answered], budget_ms: float) -> None:
@@ -214,10 +225,16 @@ def show_summary(console: Console, answers: Sequence[Answered], budget_ms: float
     )
     console.print(f"median tokens: {prompt:.0f} in, {cached:.0f} of them from the prefix cache; {output:.0f} out")
     judged = [(one.search.expected, one.query) for one in answers if one.search.expected]
-    if judged:
-        shares = [(name, *share_right(name, judged)) for name in judged[0][0] or {}]
-        text = "   ".join(f"{name} {num_right}/{num_all}" for name, num_right, num_all in shares)
-        console.print(f"right fields: {text}")
+    if not judged:
+        return
+    shares = [(name, *share_right(name, judged)) for name in Query.__struct_fields__]
+    text = "   ".join(f"{name} {num_right}/{num_all}" for name, num_right, num_all in shares if num_all)
+    console.print(f"right fields: {text}")
+    values = [value for expected, _ in judged for value in (expected or {}).values()]
+    total = sum(num_right for _, num_right, _ in shares)
+    console.print(
+        f"in all {total}/{len(values)} (leaving everything out would give {values.count(None)}/{len(values)})"
+    )
 
 
 def share_right(name: str, judged: Sequence[tuple[dict[str, Any] | None, Query | None]]) -> tuple[int, int]:

@@ -162,4 +162,5 @@ def test_a_field_is_wrong_where_another_was_expected() -> None:
     expected = {"location": "Berlin", "salary_min": None}
     assert not job_search.is_wrong("location", "berlin", expected)
     assert job_search.is_wrong("salary_min", 10_000, expected)
+    assert not job_search.is_wrong("salary_min", msgspec.UNSET, expected)
     assert not job_search.is_wrong("title", "anything", expected)
