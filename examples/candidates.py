@@ -254,7 +254,8 @@ async def posted(http: aiohttp.ClientSession, path: str, body: dict[str, Any]) -
             if response.status == 200:
                 yield response
                 return
-            wait_s = float(response.headers.get("Retry-After", 1.0))
+            after = response.headers.get("Retry-After", "")
+            wait_s = float(after) if after.isdecimal() else 1.0
             if response.status not in (429, 503) or time.monotonic() + wait_s > give_up_s:
                 raise ServerError(f"HTTP {response.status}: {(await response.text())[:500]}")
         await asyncio.sleep(wait_s)
@@ -349,7 +350,10 @@ def findings_table(judgement: Judgement, case: Case) -> Table:
 
 def verdicts_table(case: Case, judgements: Sequence[Judgement], decided: Sequence[Decided]) -> Table:
     """Return a row for each candidate: the verdicts, and the probabilities of `met` where they were asked for."""
-    table = Table("candidate", *(one.id for one in case.qualifications), title="Verdicts", title_justify="left")
+    legend = "green: as expected, red: not; ?: no quote from the profile" + ("; number: P(met)" if decided else "")
+    table = Table(title="Verdicts", title_justify="left", caption=legend, caption_justify="left")
+    for head in ("candidate", *(one.id for one in case.qualifications)):
+        table.add_column(head, no_wrap=True)
     for i, judgement in enumerate(judgements):
         candidate = judgement.candidate
         cells = []
@@ -383,13 +387,14 @@ def has_evidence(finding: Finding, candidate: Candidate) -> bool:
 
 def times_table(judgements: Sequence[Judgement], decided: Sequence[Decided]) -> Table:
     """Return what each candidate's answer took."""
-    heads = ["candidate", "first token", "all tokens", "tokens/s", "tokens in", "cached", "out"]
-    table = Table(title="Times", title_justify="left")
-    for head in heads + (["decisions", "tokens in", "cached"] if decided else []):
-        table.add_column(head, justify="left" if head == "candidate" else "right")
+    heads = ["candidate", "TTFT", "in all", "tokens/s", "in", "cached", "out"]
+    legend = "in, cached, out: tokens of the prompt, those of them that were there already, tokens of the answer"
+    table = Table(title="Times", title_justify="left", caption=legend, caption_justify="left")
+    for head in heads + (["decisions", "in", "cached"] if decided else []):
+        table.add_column(head, justify="left" if head == "candidate" else "right", no_wrap=True)
     for i, one in enumerate(judgements):
         counts = (one.num_prompt_tokens, one.num_cached_tokens, one.num_output_tokens)
-        cells = [one.candidate.name, f"{one.ttft_s:.2f} s", f"{one.duration_s:.2f} s", f"{one.tokens_per_s:.0f}"]
+        cells = [one.candidate.name, f"{one.ttft_s:.2f} s", f"{one.duration_s:.2f} s", f"{one.tokens_per_s:.1f}"]
         cells += [str(count) for count in counts]
         if decided:
             other = decided[i]
