@@ -8,7 +8,8 @@
 2. The answer is JSON bound by a schema: enums, bounds of numbers, lengths of texts. It is short, so it is not streamed.
 3. Searches of a file are sent one after the other, or `--concurrency` at once; latencies are held against
 `--budget-ms`.
-4. Where a search of the file says what is expected, the share of right fields is printed.
+4. A schema binds the form and not the truth: skills and places that the search does not name are marked. Where the file
+says what is expected, the share of right fields is printed.
 
 Only HTTP is spoken here, so that this file runs against any OpenAI server that knows `response_format`.
 """
@@ -182,7 +183,10 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 def table_of(answers: Sequence[Answered]) -> Table:
     """Return a row for each search."""
-    table = Table("search", "query", "ms", title="Searches", title_justify="left")
+    legend = "red: not as expected; ?: not in the words of the search"
+    table = Table(
+        "search", "query", "ms", title="Searches", title_justify="left", caption=legend, caption_justify="left"
+    )
     for one in answers:
         shown = escape(one.text) if one.query is None else query_line(one)
         table.add_row(escape(one.search.search), shown, f"{one.duration_s * 1000:.0f}")
@@ -198,8 +202,19 @@ def query_line(answered: Answered) -> str:
         if value is UNSET and not wrong:
             continue
         text = "none" if value is UNSET else ", ".join(value) if isinstance(value, list) else value
-        shown.append(f"[red]{escape(f'{name}={text}')}[/]" if wrong else escape(f"{name}={text}"))
+        mark = " [yellow]?[/]" if name in unsupported(answered) else ""
+        shown.append((f"[red]{escape(f'{name}={text}')}[/]" if wrong else escape(f"{name}={text}")) + mark)
     return "  ".join(shown)
+
+
+def unsupported(answered: Answered) -> list[str]:
+    """Return the fields that a search should name in so many words and does not: what a service would ask about."""
+    typed, found, query = answered.search.search.casefold(), [], answered.query
+    if query is not None and query.skills is not UNSET and not all(one.casefold() in typed for one in query.skills):
+        found.append("skills")
+    if query is not None and query.location is not UNSET and query.location.casefold() not in typed:
+        found.append("location")
+    return found
 
 
 def is_wrong(name: str, value: Any, expected: dict[str, Any]) -> bool:
@@ -285,7 +300,8 @@ async def run(options: argparse.Namespace, console: Console) -> int:
     if options.json:
         for one in answers:
             query = None if one.query is None else msgspec.to_builtins(one.query)
-            print(json.dumps({"search": one.search.search, "query": query, "ms": round(one.duration_s * 1000, 1)}))
+            line = {"search": one.search.search, "query": query, "unsupported": unsupported(one)}
+            print(json.dumps({**line, "ms": round(one.duration_s * 1000, 1)}, ensure_ascii=False))
     elif options.search:
         console.print_json(answers[0].text if answers[0].query else json.dumps(answers[0].text))
         show_summary(console, answers, options.budget_ms)

@@ -164,3 +164,12 @@ def test_a_field_is_wrong_where_another_was_expected() -> None:
     assert job_search.is_wrong("salary_min", 10_000, expected)
     assert not job_search.is_wrong("salary_min", msgspec.UNSET, expected)
     assert not job_search.is_wrong("title", "anything", expected)
+
+
+def test_a_field_that_the_search_does_not_name_is_unsupported() -> None:
+    search = job_search.Search("React engineer in Leipzig")
+    query = job_search.Query("Engineer", skills=["react"], location="Linz")
+    assert job_search.unsupported(job_search.Answered(search, query, "", 0.0, 0, 0, 0)) == ["location"]
+    query = job_search.Query("Engineer", skills=["React", "Go"], location="Leipzig")
+    assert job_search.unsupported(job_search.Answered(search, query, "", 0.0, 0, 0, 0)) == ["skills"]
+    assert job_search.unsupported(job_search.Answered(search, None, "", 0.0, 0, 0, 0)) == []
