@@ -292,7 +292,7 @@ async def judge(
     pieces: list[str] = []
     first_s = last_s = begun_s
     usage: dict[str, Any] = {}
-    async with posted(http, "/v1/chat/completions", body) as response:
+    async with posted(http, "v1/chat/completions", body) as response:
         async for event in events_of(response):
             usage = event.get("usage") or usage
             piece = "".join(choice["delta"].get("content") or "" for choice in event["choices"])
@@ -319,7 +319,7 @@ async def decide(http: aiohttp.ClientSession, case: Case, candidate: Candidate, 
         ServerError: there are none.
     """
     begun_s = time.perf_counter()
-    async with posted(http, "/v1/decisions", decisions_body(case, candidate, model)) as response:
+    async with posted(http, "v1/decisions", decisions_body(case, candidate, model)) as response:
         answer = await response.json()
     duration_s, usage = time.perf_counter() - begun_s, answer["usage"]
     # The first option of each is "yes".
@@ -493,18 +493,25 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--exact-quotes", action="store_true", help="allow only lines of the profile as quotes")
     parser.add_argument("--case", type=Path, default=SAMPLE, help="folder with job, qualifications and candidates")
     parser.add_argument("--concurrency", type=at_least_one, default=8, help="answers at once")
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help="the server, without /v1")
+    parser.add_argument("--url", type=base_url, default="http://127.0.0.1:8000/", help="where the server is")
     parser.add_argument("--model", default="smollm2", help="as the server calls it")
     parser.add_argument("--json", action="store_true", help="print a line of JSON for each candidate, nothing else")
     parser.add_argument("--api-key", help="sent as a bearer token")
     return parser.parse_args()
 
 
+def base_url(text: str) -> str:
+    """Return what every path of the API is behind, for argparse; /v1 at its end may be given or not."""
+    if not text.startswith(("http://", "https://")):
+        raise argparse.ArgumentTypeError("must begin with http:// or https://")
+    return text.rstrip("/").removesuffix("/v1") + "/"
+
+
 def at_least_one(text: str) -> int:
     """Return a whole number above 0, for argparse."""
-    if (value := int(text)) < 1:
-        raise ValueError("must be at least 1")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError("must be a whole number above 0")
+    return int(text)
 
 
 def main() -> int:

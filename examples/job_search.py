@@ -148,7 +148,7 @@ async def ask(http: aiohttp.ClientSession, search: Search, model: str) -> Answer
         aiohttp.ClientError, TimeoutError: the server cannot be reached, or says nothing.
     """
     begun_s = time.perf_counter()
-    async with http.post("/v1/chat/completions", json=body_of(search.search, model)) as response:
+    async with http.post("v1/chat/completions", json=body_of(search.search, model)) as response:
         if response.status != 200:
             raise ServerError(f"HTTP {response.status}: {(await response.text())[:500]}")
         answer = await response.json()
@@ -267,7 +267,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Turn job searches in plain words into structured queries.")
     parser.add_argument("search", nargs="?", help="one search; without it, every search of --file")
     parser.add_argument("--file", type=Path, default=SAMPLE, help="JSON lines with `search` and perhaps `expected`")
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help="the server, without /v1")
+    parser.add_argument("--url", type=base_url, default="http://127.0.0.1:8000/", help="where the server is")
     parser.add_argument("--model", default="smollm2", help="as the server calls it")
     parser.add_argument("--api-key", help="sent as a bearer token")
     parser.add_argument("--concurrency", type=at_least_one, default=1, help="searches at once")
@@ -276,11 +276,18 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def base_url(text: str) -> str:
+    """Return what every path of the API is behind, for argparse; /v1 at its end may be given or not."""
+    if not text.startswith(("http://", "https://")):
+        raise argparse.ArgumentTypeError("must begin with http:// or https://")
+    return text.rstrip("/").removesuffix("/v1") + "/"
+
+
 def at_least_one(text: str) -> int:
     """Return a whole number above 0, for argparse."""
-    if (value := int(text)) < 1:
-        raise ValueError("must be at least 1")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError("must be a whole number above 0")
+    return int(text)
 
 
 def read_searches(path: Path) -> list[Search]:

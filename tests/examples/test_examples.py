@@ -111,6 +111,19 @@ def test_an_absent_server_is_said(name: str) -> None:
     assert "make serve" in done.stderr
 
 
+@pytest.mark.parametrize("name", ["candidates", "job_search"])
+def test_a_url_that_is_none_is_refused(name: str) -> None:
+    done = example(name, "--url", "localhost:8000")
+    assert done.returncode == 2
+    assert "--url: must begin with http" in done.stderr
+
+
+def test_a_url_may_end_in_the_version_of_the_api() -> None:
+    for text in ("http://h:1", "http://h:1/", "http://h:1/v1", "http://h:1/v1/"):
+        assert candidates.base_url(text) == job_search.base_url(text) == "http://h:1/"
+    assert candidates.base_url("https://h/gateway/v1") == "https://h/gateway/"
+
+
 def test_quotes_are_looked_up_whatever_their_spaces_and_capitals() -> None:
     one = candidates.Candidate("A", ["Speaks  German.", "Writes Python."])
     assert candidates.is_in("speaks german.", one)
