@@ -11,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 PACKAGES := protocol kernels model kvtransfer router engine prefill decode baton bench
-SOURCES := $(PACKAGES) tests scripts setup.py
+SOURCES := $(PACKAGES) examples tests scripts setup.py
 
 .PHONY: help env env-dev serve test test-golden faults lint check bench bench-peers bench-kernels bench-gpu clean
 

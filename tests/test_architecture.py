@@ -34,6 +34,8 @@ ALLOWED: dict[str, frozenset[str]] = {
         {"protocol", "kernels", "model", "kvtransfer", "router", "engine", "prefill", "decode", "bench"}
     ),
     "bench": frozenset({"protocol"}),
+    # They speak HTTP, as anyone's client does.
+    "examples": frozenset(),
 }
 # Parts of a folder that may import more than the rest of it.
 ALSO_ALLOWED: dict[str, frozenset[str]] = {
