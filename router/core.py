@@ -47,7 +47,6 @@ class Core:
         self.open_requests = OpenRequests()
         self.grammars = GrammarChecks(config.model_path)
         self._num_admitting = self._num_in_threads = 0
-        self._max_in_threads = config.max_num_requests
         self._threads = ThreadPoolExecutor(NUM_TEXT_THREADS, thread_name_prefix="text")
 
     async def started(self) -> None:
@@ -142,7 +141,7 @@ class Core:
         """
         if num_bytes <= LONG_TEXT_BYTES:
             return work()
-        if self._num_in_threads >= self._max_in_threads:
+        if self._num_in_threads >= self.max_num_requests:
             raise Overloaded(f"{self._num_in_threads} long texts wait to be tokenised", OVERLOAD_RETRY_S)
         self._num_in_threads += 1
         future = asyncio.get_running_loop().run_in_executor(self._threads, work)
