@@ -226,8 +226,9 @@ async def test_a_model_without_vocabulary_says_so(tmp_path: Path) -> None:
 
 @pytest_asyncio.fixture
 async def served(tokenizer: Tokenizer, tmp_path: Path) -> AsyncIterator[Stage]:
-    """A router whose model has files."""
+    """A router whose model has files, and whose child is ready: its start may take long on a busy machine."""
     async with staged(tokenizer, model_path=str(byte_level_gguf(tmp_path / "tiny.gguf"))) as stage:
+        await stage.router.core.grammars.check(Grammar(kind=REGEX, text="a"))
         yield stage
 
 
