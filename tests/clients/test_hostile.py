@@ -13,7 +13,7 @@ from router.api import ChatRequest, CompletionRequest, parse
 from router.intake import Intake
 from router.response_request import ResponsesRequest
 from tests.clients.bodies import CHAT, COMPLETIONS, MODEL, RESPONSES, corpus, damaged, large
-from tests.clients.hostile import MAX_RSS_GROWTH_BYTES, besiege
+from tests.clients.hostile import MAX_RSS_GROWTH_BYTES, POOL_BLOCKS, besiege
 from tests.e2e.server import serving
 from tests.router.tiny import small_tokenizer
 
@@ -21,7 +21,7 @@ from tests.router.tiny import small_tokenizer
 @pytest.mark.e2e
 @pytest.mark.model
 async def test_hostile_bodies_are_refused_and_nobody_else_notices(cache_dir: Path, tmp_path: Path) -> None:
-    with serving("smollm2", tmp_path, cache_dir, "--mode", "colocated", "--num-kv-blocks", "256") as server:
+    with serving("smollm2", tmp_path, cache_dir, "--mode", "colocated", "--num-kv-blocks", str(POOL_BLOCKS)) as server:
         report = await besiege(server, number=300, seed=1)
     assert report.wrong == []
     assert report.num_refused >= 300 and report.num_streams > 0
