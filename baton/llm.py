@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from baton.async_llm import AsyncLLM, Messages, Prompt, Request, new_request
 from baton.outputs import RequestOutput
 from baton.sampling import SamplingParams
-from protocol.errors import InvalidRequest
+from protocol.errors import EngineDead, InvalidRequest
 
 Result = TypeVar("Result")
 
@@ -142,7 +142,10 @@ class LoopThread:
         self._thread.start()
 
     def run(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """Run a coroutine there and wait for it; an interrupt here cancels it there."""
+        """Run a coroutine there and wait for it; an interrupt here cancels it there. Raises EngineDead after `stop`."""
+        if self._loop.is_closed():
+            work.close()
+            raise EngineDead("the engine is not running: it was closed")
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()

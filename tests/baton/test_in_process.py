@@ -122,6 +122,14 @@ def test_options_are_checked_before_anything_is_loaded() -> None:
         configure("smollm2", {"num_kv_blocks": 1})
 
 
+def test_a_closed_engine_says_so(cache_dir: Path) -> None:
+    llm = LLM("smollm2", cache_dir=str(cache_dir), **OPTIONS)
+    llm.close()
+    llm.close()
+    with pytest.raises(EngineDead, match="closed"):
+        llm.generate(FRANCE, GREEDY)
+
+
 async def test_a_stream_grows_to_the_whole_answer(engine: AsyncLLM) -> None:
     cumulative = [output async for output in engine.generate(FRANCE, GREEDY)]
     assert cumulative[-1].finished and not cumulative[0].finished
