@@ -12,6 +12,7 @@ of like length go together through torch's fused attention, under a mask. The la
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -102,7 +103,9 @@ class Encoder:
             lengths = [len(text) for text in texts]
             tokens = torch.tensor([token_id for text in texts for token_id in text]).to(self.device, non_blocking=True)
             places = torch.cat([torch.arange(length) for length in lengths]).to(self.device, non_blocking=True)
-            return list(torch.split(self._forward(lengths, tokens, places), lengths))
+            states = self._forward(lengths, tokens, places)
+            ends = list(itertools.accumulate(lengths))
+            return [states[end - length : end] for length, end in zip(lengths, ends, strict=True)]
 
     def _forward(self, lengths: Sequence[int], tokens: Tensor, places: Tensor) -> Tensor:
         """Compute texts that lie one after another in the rows: `[rows, hidden_size]`."""
