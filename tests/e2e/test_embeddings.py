@@ -47,7 +47,9 @@ async def test_the_openai_client_gets_the_vectors_of_transformers(minilm: Server
     floats = await client.embeddings.create(model="minilm", input=texts[::-1], encoding_format="float")
     for entry, ids, turned in zip(answer.data, by_ids.data, floats.data[::-1], strict=True):
         assert entry.embedding == ids.embedding, "the same bits, by text or by ids"
-        assert np.array_equal(np.float32(entry.embedding), np.float32(turned.embedding)), "and in any company"
+        assert np.array_equal(np.array(entry.embedding, np.float32), np.array(turned.embedding, np.float32)), (
+            "alone or not"
+        )
     first, alike, other = (np.array(entry.embedding) for entry in answer.data[:3])
     assert first @ alike > 0.6 > 0.3 > first @ other
     await client.close()

@@ -55,13 +55,13 @@ class Cluster:
         self._http = http
         self._admin: dict[str, str] = {}
         self._log_bytes = 0
-        self._killed: set[int] = set()
+        self._killed: set[tuple[int, int]] = set()
 
     async def workers(self, role: str | None = None) -> list[dict[str, Any]]:
         """Return the router's census of the workers that it knows, without those killed from here."""
         async with self._http.get(f"{self.server.url}/census") as response:
             found: list[dict[str, Any]] = (await response.json())["workers"]
-        return [w for w in found if w["pid"] not in self._killed and role in (None, w["role"])]
+        return [w for w in found if (w["pid"], w["instance"]) not in self._killed and role in (None, w["role"])]
 
     async def own_census(self, worker: dict[str, Any]) -> dict[str, Any] | None:
         """Return a worker's own census as of now, or None if it does not answer."""
@@ -93,7 +93,8 @@ class Cluster:
 
     def kill(self, worker: dict[str, Any]) -> None:
         """SIGKILL a worker."""
-        self._killed.add(worker["pid"])
+        # By instance too: the kernel gives the number of a dead process away again.
+        self._killed.add((worker["pid"], worker["instance"]))
         self.send(worker, signal.SIGKILL)
 
     def send(self, worker: dict[str, Any], number: signal.Signals) -> None:

@@ -88,7 +88,7 @@ def test_a_packed_batch_gives_what_single_texts_give(tmp_path: Path) -> None:
     tokens = torch.tensor([token_id for text in texts for token_id in text])
     places = torch.cat([torch.arange(length) for length in lengths])
     with torch.inference_mode():
-        packed = encoder._forward(lengths, tokens, places).split(lengths)
+        packed = torch.split(encoder._forward(lengths, tokens, places), lengths)
     for alone, among in zip(encoder.forward(texts), packed, strict=True):
         torch.testing.assert_close(among, alone)
 

@@ -177,4 +177,4 @@ def test_an_encoder_tells_its_vectors_and_limits(bert: LoadedEncoder, tmp_path: 
     preload(config, tmp_path)
     for wrong in ({"max_model_len": 65}, {"quantization": "int8"}):
         with pytest.raises(ConfigError, match="max_model_len|encoders"):
-            load_embedder(EngineConfig(model=f"dummy:{tmp_path}", device="cpu", **wrong), "auto", print, tmp_path)  # type: ignore[arg-type]
+            load_embedder(EngineConfig(model=f"dummy:{tmp_path}", device="cpu", **wrong), "auto", print, tmp_path)
