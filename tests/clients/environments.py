@@ -3,7 +3,7 @@
 1. `ensure(name)` looks for the stamp of the pinned requirements; where it is missing or another, it installs.
 2. A Python environment is made by `venv` and filled by pip, with the user's own pip configuration; one of node's is a
    copy of our package.json and what `npm install` puts beside it.
-3. A failed install says which command failed and shows the end of what it printed; nothing half made is taken for whole.
+3. A failed install says which command failed and how its output ended; no half made one is taken for whole.
 
     python -m tests.clients.environments [NAME...]
 """
@@ -88,8 +88,8 @@ _ALL: Final = (
     Environment("instructor", "instructor", ("instructor==1.17.0",)),
     Environment("langchain_openai", "langchain-openai", ("langchain-openai==1.7.4",)),
     Environment("npm", "openai"),
-    Environment("openai_generated", "openai", (f"{OPENAI_SDIST.replace('==', '[aiohttp]==')}", "pytest==9.0.3",
-                "pytest-asyncio==1.4.0", "pytest-xdist==3.8.0", "inline-snapshot==0.32.6", "rich>=13.7.1")),
+    Environment("openai_generated", "openai", (OPENAI_SDIST.replace("==", "[aiohttp]=="),
+                "pytest==9.0.3", "pytest-asyncio==1.4.0", "rich>=13.7.1")),
     Environment("aiperf", "aiperf", ("aiperf==0.13.0",)),
     Environment("guidellm", "guidellm", ("guidellm==0.8.1", TORCH)),
     Environment("lm_eval", "lm-eval", ("lm-eval[api]==0.4.13", "transformers==5.23.0", "accelerate", TORCH)),

@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -94,25 +95,30 @@ def drive(name: str, server: Peek) -> Outcome:
         return Outcome(name, "not installed", 0, 0.0, (str(error),))
     cancelled, started_s = server.num_cancelled(), time.monotonic()
     folder = CHECKOUT if name == "openai_generated" else environment.folder
-    try:
-        done = subprocess.run(
-            command_of(environment, server),
-            cwd=folder,
-            env=os.environ | OFFLINE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=BUDGET_S,
-        )
-        output, problems = done.stdout, [f"exit code {done.returncode}"] if done.returncode else []
-    except subprocess.TimeoutExpired:
-        output, problems = "", [f"not within {BUDGET_S:g} s"]
+    status, output = _told(command_of(environment, server), folder)
+    problems = [] if status == 0 else [f"exit code {status}" if status else f"not within {BUDGET_S:g} s"]
     seconds = time.monotonic() - started_s
-    print(output.rstrip(), flush=True)
     aborted = sum(int(number) for number in re.findall(r"^aborted (\d+)$", output, re.MULTILINE))
     problems += _unsettled(server, cancelled + aborted)
     num_checks = len(re.findall(r"^ok ", output, re.MULTILINE))
     return Outcome(name, version(environment), num_checks, seconds, tuple(problems))
+
+
+def _told(command: list[str], folder: Path) -> tuple[int | None, str]:
+    """Run a command and pass on what it prints line by line; returns its exit code, None if its time ran out."""
+    lines: list[str] = []
+    process = subprocess.Popen(
+        command, cwd=folder, env=os.environ | OFFLINE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    timer = threading.Timer(BUDGET_S, process.kill)
+    timer.start()
+    assert process.stdout is not None
+    for line in process.stdout:
+        lines.append(line)
+        print(line.rstrip(), flush=True)
+    is_late = not timer.is_alive()
+    timer.cancel()
+    return (None if is_late else process.wait()), "".join(lines)
 
 
 def _unsettled(server: Peek, num_cancelled: float) -> list[str]:

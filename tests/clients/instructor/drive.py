@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 from typing import Any, Literal
 
 import instructor
@@ -49,10 +51,16 @@ def check_json_schema(target: Any) -> None:
 
 
 def check_json_object(target: Any) -> None:
-    """`response_format: json_object` with the schema in the prompt: some JSON object, whether or not the right one."""
+    """`response_format: json_object` with the schema in the prompt: JSON, though a small model may miss the schema."""
     client = instructor.from_openai(_sdk(target), mode=instructor.Mode.JSON)
-    answer = client.chat.completions.create(response_model=dict[str, Any] | None, max_retries=0, **_asked(target))
-    assert answer is not None
+    found: list[Any] = []
+    client.on("completion:response", found.append)
+    try:
+        client.chat.completions.create(response_model=Verdict, max_retries=0, **_asked(target))
+    except instructor.core.InstructorRetryException:
+        pass
+    (response,) = found
+    assert isinstance(json.loads(response.choices[0].message.content), dict)
 
 
 def check_partial_objects_grow(target: Any) -> None:
@@ -66,25 +74,26 @@ def check_partial_objects_grow(target: Any) -> None:
 
 async def check_async_client(target: Any) -> None:
     """The asynchronous client, three at once."""
-    import asyncio
-
     sdk = openai.AsyncOpenAI(base_url=target.url, api_key="none", timeout=300, max_retries=0)
     client = instructor.from_openai(sdk, mode=instructor.Mode.TOOLS)
     verdicts = await asyncio.gather(
         *(client.chat.completions.create(response_model=Verdict, max_retries=0, **_asked(target)) for _ in range(3))
     )
-    assert verdicts[0] == verdicts[1] == verdicts[2]
+    assert len({verdict.model_dump_json() for verdict in verdicts}) == 1, verdicts
 
 
-def check_a_stream_that_is_left_is_aborted(target: Any) -> int:
-    """Leaves an iterable of objects at the first; what it would still have said is thousands of tokens."""
-    client = instructor.from_openai(_sdk(target), mode=instructor.Mode.JSON_SCHEMA)
+async def check_a_stream_that_is_left_is_aborted(target: Any) -> int:
+    """Leaves partial objects at the third; the answer that they grow to is thousands of tokens."""
 
     class Verdicts(BaseModel):
         verdicts: list[Verdict] = Field(min_length=200)
 
     asked = _asked(target) | {"max_tokens": 4000}
-    partial = client.chat.completions.create_partial(response_model=Verdicts, max_retries=0, **asked)
-    next(partial)
-    partial.close()
+    async with openai.AsyncOpenAI(base_url=target.url, api_key="none", timeout=300, max_retries=0) as sdk:
+        client = instructor.from_openai(sdk, mode=instructor.Mode.JSON_SCHEMA)
+        seen = 0
+        async for _ in client.chat.completions.create_partial(response_model=Verdicts, max_retries=0, **asked):
+            seen += 1
+            if seen == 3:
+                break
     return 1
