@@ -41,18 +41,19 @@ def main(file: str, url: str, model: str) -> int:
     sys.modules["checks"] = module  # pydantic looks annotations up there
     spec.loader.exec_module(module)
     target, failed, aborted = Target(url, model), 0, 0
-    for name, check in list(vars(module).items()):
-        if not name.startswith("check_"):
-            continue
-        started_s = time.monotonic()
-        try:
-            found = check(target)
-            aborted += (asyncio.run(found) if inspect.iscoroutine(found) else found) or 0
-        except Exception:  # noqa: BLE001 - whatever a client raises is a failed check
-            failed += 1
-            print(f"failed {name}\n{traceback.format_exc()}", flush=True)
-        else:
-            print(f"ok {name} {time.monotonic() - started_s:.1f} s", flush=True)
+    with asyncio.Runner() as runner:  # one loop: clients keep connections that belong to it
+        for name, check in list(vars(module).items()):
+            if not name.startswith("check_"):
+                continue
+            started_s = time.monotonic()
+            try:
+                found = check(target)
+                aborted += (runner.run(found) if inspect.iscoroutine(found) else found) or 0
+            except Exception:  # noqa: BLE001 - whatever a client raises is a failed check
+                failed += 1
+                print(f"failed {name}\n{traceback.format_exc()}", flush=True)
+            else:
+                print(f"ok {name} {time.monotonic() - started_s:.1f} s", flush=True)
     print(f"aborted {aborted}", flush=True)
     return 1 if failed else 0
 

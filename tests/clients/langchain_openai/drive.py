@@ -57,7 +57,9 @@ async def check_a_batch_at_once(target: Any) -> None:
 def check_forced_tool_choice(target: Any) -> None:
     """By name, and `any`; arguments are parsed by LangChain itself."""
     for choice in ("search_jobs", "any"):
-        message = _chat(target, max_tokens=150).bind_tools([search_jobs], tool_choice=choice).invoke("Jobs in Oslo?")
+        chat = _chat(target, max_tokens=150)
+        bound = chat.bind_tools([search_jobs], tool_choice=choice, parallel_tool_calls=False)
+        message = bound.invoke("Jobs in Oslo?")
         (call,) = message.tool_calls
         assert call["name"] == "search_jobs" and isinstance(call["args"]["remote"], bool), call
         assert not message.invalid_tool_calls
