@@ -1,6 +1,6 @@
 """Load generators and evaluation harnesses against a running server, each in an environment of its own.
 
-    python -m tests.clients.harnesses [--out docs/results/clients.md] [aiperf | guidellm | evalscope | vllm | lm_eval ...]
+    python -m tests.clients.harnesses [--out FILE] [aiperf | guidellm | evalscope | vllm | lm_eval ...]
 
 1. Environments and the model folder are made under `.clients/` where they are missing. No harness may ask a hub.
 2. A server as `make serve` starts it takes aiperf, guidellm, evalscope and `vllm bench serve`, one after the other.
