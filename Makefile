@@ -11,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 PACKAGES := protocol kernels model kvtransfer router engine prefill decode baton bench
-SOURCES := $(PACKAGES) tests scripts setup.py
+SOURCES := $(PACKAGES) examples tests scripts setup.py
 
 .PHONY: help env env-dev serve test test-golden faults lint check bench bench-peers bench-kernels bench-gpu clean
 
@@ -34,8 +34,8 @@ test: env-dev ## run the tests
 test-golden: env-dev ## every golden prompt in every mode and format (a quarter of an hour)
 	@$(BIN)/python -m pytest -m matrix tests/e2e/test_golden.py $(ARGS)
 
-faults: env-dev ## TRIALS=20 trials of every fault: workers killed and stopped under running streams
-	@$(BIN)/python -m tests.faults --trials $(TRIALS) $(ARGS)
+faults: env-dev ## every fault campaign, one after the other; TRIALS=20 decode kills and the rest in proportion
+	@$(BIN)/python -m tests.faults all --trials $(TRIALS) $(ARGS)
 
 lint: env-dev ## formatting, lint rules and types
 	$(BIN)/ruff format --check $(SOURCES)

@@ -4,7 +4,7 @@
 2. Merge the sources, compose the role's config, find its model; anything wrong is one line and exit code 2.
 3. Import the role's module, only now, so that the router starts without torch, and run it until it ends.
 
-`bench` is no role: it has options of its own, no BATON_ variables and no file, and everything is handed to `bench/`.
+`bench` and `run-batch` are no roles: they have options of their own and no file, and get the rest of the command line.
 
 Exit codes: 0 drained, 1 failed, 2 a configuration, model or secret that cannot be used.
 """
@@ -39,6 +39,7 @@ SUMMARIES = {
     "colocated": "run one worker that prefills and decodes",
 }
 BENCH = "bench"
+RUN_BATCH = "run-batch"
 DISTRIBUTION = "baton-serve"
 MAX_DESCRIPTORS = 1 << 16
 _MODEL_HELP = (
@@ -54,6 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from bench.cli import main as run_bench
 
         return run_bench(arguments[1:])
+    if arguments and arguments[0] == RUN_BATCH:
+        from baton.batch_cli import main as run_batch
+
+        return run_batch(arguments[1:])
     parsed = vars(build_parser().parse_args(arguments))
     role = parsed["role"]
     shows_traceback = parsed.get("log_level") == "debug"
@@ -101,7 +106,8 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("model", metavar="MODEL", nargs="?", help=_MODEL_HELP)
         command.add_argument("--config", metavar="FILE", help="YAML file of options (BATON_CONFIG)")
         _add_options(command, role)
-    # Listed only: `main` hands the command over before this parser sees its options.
+    # Listed only: `main` hands these two over before this parser sees their options.
+    commands.add_parser(RUN_BATCH, help="answer a file of requests in OpenAI's batch format", add_help=False)
     commands.add_parser(BENCH, help="measure a server's latencies over OpenAI HTTP", add_help=False)
     return parser
 

@@ -7,14 +7,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from baton.cores import CorePlan, CoreRequest, WorkerCores, plan_alone, plan_cores
+from baton.cores import CorePlan, CoreRequest, WorkerCores, plan_alone, plan_cores, plan_prefill
 from baton.options import OPTIONS
 from baton.settings import Settings
 from decode.config import DecodeConfig
@@ -56,11 +57,13 @@ class ResolvedModel:
         reference: what names it to another process on this machine.
         path: directory or GGUF file, for tokenizer and chat template.
         name: what clients call it unless told otherwise.
+        is_encoder: it only embeds: no decode worker is needed.
     """
 
     reference: str
     path: str
     name: str
+    is_encoder: bool = False
 
 
 def environment() -> Mapping[str, str]:
@@ -108,11 +111,12 @@ def read_secret(path: str | None) -> bytes:
 
 def resolve_model(settings: Settings, say: Callable[[str], None]) -> ResolvedModel:
     """Find or fetch the model that the settings name; `say` takes a line per stage. Raises ModelError."""
+    from model.encoder_config import is_encoder
     from model.source import resolve
 
     files = resolve(settings.model, cache_dir(settings), say)
     reference = f"dummy:{files.config_path}" if files.format == "dummy" else str(files.path)
-    return ResolvedModel(reference, str(files.path), model_name(settings.model))
+    return ResolvedModel(reference, str(files.path), model_name(settings.model), is_encoder(files))
 
 
 def model_name(reference: str) -> str:
@@ -157,8 +161,18 @@ def colocated_configs(settings: Settings, model: ResolvedModel) -> tuple[Prefill
     )
 
 
+def _check_grpc(settings: Settings) -> None:
+    names = ("grpc", "grpc_health", "grpc_reflection")
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if settings["grpc_port"] is not None and missing:
+        raise ConfigError(
+            f"grpc-port: needs the extra: pip install 'baton-serve[grpc]' (missing: {', '.join(missing)})"
+        )
+
+
 def serve_config(settings: Settings) -> ServeConfig:
     """Compose and check what `baton serve` starts, before anything starts."""
+    _check_grpc(settings)
     if settings["mode"] == "colocated":
         _check_colocated(settings)
         cores = None
@@ -187,6 +201,30 @@ def serve_config(settings: Settings) -> ServeConfig:
     if settings["secret_file"] is not None:
         read_secret(settings["secret_file"])
     return ServeConfig(settings, cores, settings["drain_s"])
+
+
+def without_decode(config: ServeConfig) -> ServeConfig:
+    """Give what `baton serve` starts for an encoder: prefill workers alone, with every core.
+
+    Raises ConfigError for options that speak of decode workers.
+    """
+    settings = config.settings
+    for key in ("decode", "decode_threads", "decode_cores"):
+        if key in settings.given:
+            raise ConfigError(f"{key.replace('_', '-')}: has no meaning for a model that only embeds")
+    if settings["mode"] == "colocated":
+        raise ConfigError("mode: a model that only embeds has prefill workers alone, so nothing to colocate")
+    cores = plan_prefill(
+        usable_cores(),
+        settings["prefill"],
+        CoreRequest(
+            threads=settings["threads"],
+            prefill_threads=settings["prefill_threads"],
+            prefill_cores=settings["prefill_cores"] or (),
+        ),
+        is_pinned=not computes_on_gpu(settings),
+    )
+    return replace(config, cores=cores)
 
 
 def _check_colocated(settings: Settings) -> None:

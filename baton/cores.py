@@ -74,6 +74,18 @@ def plan_cores(
     )
 
 
+def plan_prefill(usable: Sequence[int], num_prefill: int, request: CoreRequest, *, is_pinned: bool = True) -> CorePlan:
+    """Plan the cores of prefill workers that no decode worker stands beside; arguments as for `plan_cores`.
+
+    Raises ConfigError when the user named a core that is not usable.
+    """
+    if missing := sorted(set(request.prefill_cores) - set(usable)):
+        raise ConfigError(f"prefill-cores: this process may not run on {missing}; it may on {sorted(usable)}")
+    group = tuple(request.prefill_cores or sorted(usable))
+    threads = request.prefill_threads or request.threads
+    return CorePlan(_share(group, num_prefill, threads, is_pinned or bool(request.prefill_cores)), ())
+
+
 def plan_alone(usable: Sequence[int], threads: int | None, cores: tuple[int, ...]) -> WorkerCores:
     """Plan one worker that nobody shares with: every core, unpinned, unless the user fixed something."""
     if missing := sorted(set(cores) - set(usable)):

@@ -30,7 +30,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from baton.config import ResolvedModel, ServeConfig, child_environment, computes_on_gpu, resolve_model
+from baton.config import (
+    ResolvedModel,
+    ServeConfig,
+    child_environment,
+    computes_on_gpu,
+    resolve_model,
+    without_decode,
+)
 from baton.cores import WorkerCores
 from baton.nursery import Nursery
 from baton.options import options_of
@@ -79,9 +86,12 @@ def serve(config: ServeConfig) -> int:
     sockets = bind(config.settings)
     with contextlib.closing(sockets):
         model = resolve_model(config.settings, lambda line: print(line, file=sys.stderr, flush=True))
+        if model.is_encoder:
+            config = without_decode(config)
         with secret_file(config.settings) as secret_path, key_files(config.settings) as key_paths:
             specs = child_specs(config, model, sockets, secret_path, key_paths)
-            return asyncio.run(supervise(config, specs, sockets, served_names(config.settings, model)[0]))
+            name = served_names(config.settings, model)[0]
+            return asyncio.run(supervise(config, specs, sockets, name, model.is_encoder))
 
 
 def bind(settings: Settings) -> Sockets:
@@ -150,7 +160,7 @@ def child_specs(
     fds = (sockets.http.fileno(), sockets.control.fileno())
     shared: dict[str, Any] = {"secret_file": secret_path}
     names = served_names(settings, model)
-    router = shared | {"served_model_name": names, "http_fd": fds[0], "control_fd": fds[1]}
+    router = shared | {"served_model_name": names, "http_fd": fds[0], "control_fd": fds[1]} | _grpc_option(settings)
     router |= {"api_key": (), "api_key_file": key_paths}
     # SIGTERM means to a router with inherited sockets that a successor takes over; here everything ends.
     command = child_command(settings, "router", model, router)
@@ -175,6 +185,16 @@ def served_names(settings: Settings, model: ResolvedModel) -> tuple[str, ...]:
     """Give the names that clients may ask for, the reported one first."""
     names: tuple[str, ...] = settings["served_model_name"] or (model.name,)
     return names
+
+
+def _grpc_option(settings: Settings) -> dict[str, Any]:
+    """Find out now whether the port for gRPC can be had, and which one 0 is; the router binds it itself."""
+    if settings["grpc_port"] is None:
+        return {}
+    with contextlib.closing(_bind_one("grpc-port", settings["host"], settings["grpc_port"])) as probe:
+        port = probe.getsockname()[1]
+    print(f"gRPC: {settings['host']}:{port}", file=sys.stderr, flush=True)
+    return {"grpc_port": port}
 
 
 def _memory_option(config: ServeConfig) -> dict[str, Any]:
@@ -209,7 +229,9 @@ def child_command(settings: Settings, role: str, model: ResolvedModel, overrides
     return tuple(command)
 
 
-async def supervise(config: ServeConfig, specs: tuple[ChildSpec, ...], sockets: Sockets, served_name: str) -> int:
+async def supervise(
+    config: ServeConfig, specs: tuple[ChildSpec, ...], sockets: Sockets, served_name: str, is_encoder: bool = False
+) -> int:
     """Run the children until a signal; see this module's life cycle from step 4."""
     stop, hurry = asyncio.Event(), asyncio.Event()
     _listen_for_signals(stop, hurry)
@@ -227,7 +249,7 @@ async def supervise(config: ServeConfig, specs: tuple[ChildSpec, ...], sockets: 
         if await _until_ready(supervisor, startup, url, stop):
             supervisor.mark_ready()
             elapsed_s = time.monotonic() - started_s
-            _announce(served_name, supervisor.pids(), await _backends(url), url, elapsed_s)
+            _announce(served_name, supervisor.pids(), await _backends(url), url, elapsed_s, is_encoder)
             await stop.wait()
     finally:
         # When the start failed there is nothing to wait for: what still runs is only told to end.
@@ -308,15 +330,22 @@ async def _backends(url: str) -> list[str]:
 
 
 def _announce(
-    served_name: str, pids: Mapping[str, int | None], backends: Sequence[str], url: str, elapsed_s: float
+    served_name: str,
+    pids: Mapping[str, int | None],
+    backends: Sequence[str],
+    url: str,
+    elapsed_s: float,
+    is_encoder: bool = False,
 ) -> None:
     """Say on standard output that it is ready, who runs, on what, and a line to try."""
     lines = [f"Baton is ready after {elapsed_s:.1f} s: {url} serves {served_name}"]
     lines += [f"  {name:<12} pid {pid}" for name, pid in pids.items()]
     lines += [f"  {backend}" for backend in backends]
-    messages = [{"role": "user", "content": "Why is the sky blue?"}]
+    path, messages = "chat/completions", [{"role": "user", "content": "Why is the sky blue?"}]
     body = json.dumps({"model": served_name, "stream": True, "temperature": 0.2, "messages": messages})
-    lines.append(f"try: curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}")
+    if is_encoder:
+        path, body = "embeddings", json.dumps({"model": served_name, "input": "Why is the sky blue?"})
+    lines.append(f"try: curl -N {url}/v1/{path} -H 'Content-Type: application/json' -d {shlex.quote(body)}")
     print("\n".join(lines), flush=True)
 
 

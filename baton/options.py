@@ -15,7 +15,7 @@ from baton.values import core_set, number, switch, text, whole
 from decode.config import DecodeConfig
 from engine.config import EngineConfig, ServiceConfig
 from kvtransfer.config import TransferConfig
-from prefill.config import PrefillConfig
+from prefill.config import POOLINGS, PrefillConfig
 from protocol.errors import ConfigError
 from router.config import RouterConfig
 
@@ -278,6 +278,11 @@ def _scheduling() -> tuple[Option, ...]:
             fills=((PrefillConfig, "layer_push_min_tokens"),), help="Smaller chunks are pushed whole.",
         ),
         Option(
+            name="pooling", group=group, roles=prefills, parse=text, fills=((PrefillConfig, "pooling"),),
+            choices=POOLINGS, help="How embeddings are made of a text's tokens; auto is what the model's files say, "
+            "else the mean for encoders and the last token for decoders. cls is for encoders.",
+        ),
+        Option(
             name="prefill-sms", group=group, roles=SERVE | COLOCATED, parse=whole, unit="multiprocessors",
             fills=((PrefillConfig, "num_sms"),),
             help="Colocated on a GPU: multiprocessors that prompts are computed on, a multiple of 8; decode has the "
@@ -310,6 +315,11 @@ def _router() -> tuple[Option, ...]:
         Option(
             name="port", group=group, roles=roles, parse=whole, bounds=(0, 65535),
             fills=((RouterConfig, "http_port"),), help="Port that clients connect to; 0 takes any free one.",
+        ),
+        Option(
+            name="grpc-port", group=group, roles=roles, parse=whole, bounds=(0, 65535),
+            fills=((RouterConfig, "grpc_port"),), default_text="no gRPC",
+            help="Port that gRPC clients connect to, at --host; 0 takes any free one. Needs the extra grpc.",
         ),
         Option(
             name="control-host", group=group, roles=roles, parse=text, fills=((RouterConfig, "control_host"),),
@@ -441,3 +451,11 @@ BY_KEY: dict[str, Option] = {option.key: option for option in OPTIONS}
 def options_of(role: str) -> tuple[Option, ...]:
     """Give the options that a command takes."""
     return tuple(option for option in OPTIONS if role in option.roles)
+
+
+def in_process_options() -> dict[str, Option]:
+    """Give the options that make sense for an engine in the caller's process, by the names of its keyword arguments."""
+    groups = {"model", "CPU", "KV cache", "scheduling"}
+    ours = {option.key: option for option in options_of("colocated") if option.group in groups}
+    of_router = ("served_model_name", "chat_template", "max_num_requests", "max_placements")
+    return ours | {option.key: option for option in options_of("router") if option.key in of_router}

@@ -113,6 +113,7 @@ class DecodeScheduler:
         self._slots: dict[int, _Slot] = {}
         self._running: list[_Slot] = []
         self._leaving: dict[int, _Slot] = {}
+        self._num_bound = 0
         self._failed: list[tuple[int, str]] = []
         self.num_preemptions = 0
         self.num_replayed_tokens = 0
@@ -130,7 +131,7 @@ class DecodeScheduler:
     @property
     def needs_last_tokens(self) -> bool:
         """Whether a running sequence has a grammar: what it allows depends on the token before, so on the host."""
-        return any(slot.sequence.grammar is not None for slot in self._running)
+        return self._num_bound > 0
 
     @property
     def num_kept_back(self) -> int:
@@ -231,6 +232,7 @@ class DecodeScheduler:
             self._pool.name(block_id, name)
         slot.state = SlotState.RUNNING
         self._running.append(slot)
+        self._num_bound += seq.grammar is not None
 
     def schedule(self) -> StepPlan:
         """Return the next step; empty where nobody can go on. Preempted sequences are gone already."""
@@ -300,6 +302,7 @@ class DecodeScheduler:
         if slot is not None:
             if slot.state is SlotState.RUNNING:
                 self._running.remove(slot)
+                self._num_bound -= slot.sequence.grammar is not None
             slot.state = SlotState.LEAVING
             self._leaving[transfer_id] = slot
             self._release_if_idle(slot)

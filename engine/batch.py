@@ -12,14 +12,15 @@ from torch import Tensor
 
 from engine.sequence import Sequence, num_blocks_for
 from model.batch import ForwardBatch
-from protocol.readout import ReadPrompt
+from protocol.readout import Pooling, ReadEmbedding, ReadPrompt
 
 
 @dataclass(frozen=True, slots=True)
 class BatchItem:
     """A run of tokens of one sequence to compute: positions [start, start + num_tokens).
 
-    `wants_logits`: the last of them is sampled from, or read. A `ReadPrompt` has its logits read in every item.
+    `wants_logits`: the last of them is sampled from, or read. A `ReadPrompt` has its logits read in every item, the
+    mean of an embedding its states.
     """
 
     sequence: Sequence
@@ -29,10 +30,12 @@ class BatchItem:
 
     @property
     def num_logit_rows(self) -> int:
-        """How many of its rows get logits."""
+        """How many of its rows get logits, or are read as states."""
         if isinstance(self.sequence.readout, ReadPrompt):
             # Nothing follows the prompt's last token: its row says nothing about the prompt.
             return min(self.num_tokens, self.sequence.num_prefill_tokens - 1 - self.start)
+        if _is_mean(self.sequence):
+            return self.num_tokens
         return int(self.wants_logits)
 
 
@@ -59,7 +62,7 @@ def build_batch(
     slots = tables[owner, positions // block_size].astype(np.int64) * block_size + positions % block_size
     last_rows = query_start[1:].astype(np.int64) - 1
     wanted = last_rows[[item.wants_logits for item in items]]
-    if any(isinstance(item.sequence.readout, ReadPrompt) for item in items):
+    if any(isinstance(item.sequence.readout, ReadPrompt) or _is_mean(item.sequence) for item in items):
         wanted = np.concatenate([_logit_rows(item, int(row)) for item, row in zip(items, query_start, strict=False)])
 
     return ForwardBatch(
@@ -74,12 +77,16 @@ def build_batch(
     )
 
 
+def _is_mean(sequence: Sequence) -> bool:
+    return isinstance(sequence.readout, ReadEmbedding) and sequence.readout.pooling is Pooling.MEAN
+
+
 def _run(item: BatchItem) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
     return np.array(item.sequence.tokens[item.start : item.start + item.num_tokens], dtype=np.int64)
 
 
 def _logit_rows(item: BatchItem, first_row: int) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
-    if isinstance(item.sequence.readout, ReadPrompt):
+    if isinstance(item.sequence.readout, ReadPrompt) or _is_mean(item.sequence):
         return np.arange(first_row, first_row + item.num_logit_rows, dtype=np.int64)
     last_row = first_row + item.num_tokens - 1
     return np.array([last_row] if item.wants_logits else [], dtype=np.int64)

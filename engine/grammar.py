@@ -34,8 +34,8 @@ class Matcher(Protocol):
         """Write which tokens may come next, an EOS or not. Raises GrammarError where the library gives up."""
         ...
 
-    def accept(self, token_id: int) -> bool:
-        """Take the next token; False if the grammar does not allow it, after which nothing else may be called."""
+    def accept(self, token_id: int) -> None:
+        """Take the next token. Raises GrammarError if the grammar does not allow it, or the library gives up."""
         ...
 
     def may_end(self) -> bool:
@@ -113,9 +113,12 @@ class GrammarState:
         return words
 
     def _take(self, token_id: int) -> None:
-        if self.failure is None and not self._matcher.accept(token_id):
-            self.failure = f"token {token_id} does not obey the grammar"
         self._is_filled = False
+        try:
+            if self.failure is None:
+                self._matcher.accept(token_id)
+        except GrammarError as error:
+            self.failure = f"after token {token_id}: {error}"
 
     def _settle(self) -> None:
         """Find out whether anything may follow; only where the output is complete is that in question."""

@@ -21,7 +21,7 @@ from protocol.errors import BatonError, GrammarError
 from protocol.request import Grammar, SamplingParams
 from protocol.vocabulary import TokenBytes
 
-MAX_KEPT: Final = 256
+MAX_KEPT: Final = 64  # a hostile one may take some 10 MiB
 MAX_WAITING: Final = 256
 COMPILE_BUDGET_S: Final = 10.0
 

@@ -49,8 +49,9 @@ class _Matcher:
         self.matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
         require_sound(self.matcher)
 
-    def accept(self, token_id: int) -> bool:
-        return self.matcher.consume_token(token_id)
+    def accept(self, token_id: int) -> None:
+        if not self.matcher.consume_token(token_id):
+            require_sound(self.matcher)
 
     def may_end(self) -> bool:
         return self.matcher.is_accepting()

@@ -75,8 +75,9 @@ class _Matcher:
     def fill(self, words: Words) -> None:
         self.matcher.fill_next_token_bitmask(words.reshape(1, self.num_words))
 
-    def accept(self, token_id: int) -> bool:
-        return bool(self.matcher.accept_token(token_id))
+    def accept(self, token_id: int) -> None:
+        if not self.matcher.accept_token(token_id):
+            raise GrammarError("it does not obey the grammar")
 
     def may_end(self) -> bool:
         return bool(self.matcher.is_completed())

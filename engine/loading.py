@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -15,13 +15,15 @@ from engine.config import EngineConfig
 from engine.grammar_compiler import GrammarCompiler
 from engine.kv_cache import KVCache, torch_kernels
 from model.decoder import Decoder
-from model.errors import ModelError
+from model.encoder_config import is_encoder, read_embedding_settings
+from model.errors import ModelError, UnsupportedModelError
 from model.identity import model_hash
 from model.loader import LoadOptions, keep_packed, load_model
-from model.source import resolve
+from model.source import ModelFiles, resolve
 from model.torch_decoder import TorchDecoder
 from protocol.errors import ConfigError
 from protocol.kv_layout import DTYPE_BYTES, KVFingerprint
+from protocol.readout import MAX_EMBEDDING_FLOATS, EmbeddingCard, Pooling
 
 _CPU_KV_GIB = 2.0
 
@@ -36,6 +38,7 @@ class LoadedModel:
         backend: one line saying which kernels run and why.
         enforce_eager: record no CUDA graphs.
         grammars: compiles what outputs must obey, for this model's vocabulary; None takes no such request.
+        embedding: what vectors it gives of its last hidden states; None where its files ask for what is not run.
     """
 
     decoder: Decoder
@@ -47,6 +50,7 @@ class LoadedModel:
     backend: str
     enforce_eager: bool = False
     grammars: GrammarCompiler | None = None
+    embedding: EmbeddingCard | None = None
 
     def new_kv_cache(self) -> KVCache:
         """Return fresh KV memory of `num_blocks` blocks."""
@@ -81,13 +85,14 @@ def load(config: EngineConfig, say: Callable[[str], None], cache_dir: Path) -> L
         ConfigError: model, device or sizes cannot be used; the message names what.
     """
     torch.set_num_threads(config.num_threads)
-    device = _device(config.device)
-    if config.grammar_backend == "xgrammar" and find_spec("xgrammar") is None:
-        raise ConfigError("grammar_backend: xgrammar is not installed here; llguidance comes with Baton")
+    device = device_of(config.device)
+    if config.grammar_backend == "xgrammar":
+        _require_xgrammar()
     try:
         files = resolve(config.model, cache_dir, say)
-        decoder = load_model(files, _options(config, str(device)), _progress_lines(say))
+        decoder = load_model(files, load_options(config, str(device)), _progress_lines(say))
         name = model_hash(files, config.dummy_seed)
+        embedding = _embedding_card(files, decoder, say)
     except ModelError as error:
         raise ConfigError(str(error)) from error
     if device.type == "cuda":
@@ -115,9 +120,30 @@ def load(config: EngineConfig, say: Callable[[str], None], cache_dir: Path) -> L
     max_model_len = _max_model_len(config, shape.max_context_tokens, num_blocks, say)
     grammars = GrammarCompiler(config.grammar_backend, files.path, shape.vocab_size)
     return LoadedModel(
-        decoder, fingerprint, device, num_blocks, max_model_len, shape.vocab_size, backend, config.enforce_eager,
+        decoder,
+        fingerprint,
+        device,
+        num_blocks,
+        max_model_len,
+        shape.vocab_size,
+        backend,
+        config.enforce_eager,
         grammars,
-    )  # fmt: skip
+        embedding,
+    )
+
+
+def _embedding_card(files: ModelFiles, decoder: Decoder, say: Callable[[str], None]) -> EmbeddingCard | None:
+    try:
+        settings = read_embedding_settings(files, decoder.config.max_context_tokens, "last")
+    except UnsupportedModelError as error:
+        say(f"no embeddings: {error}")
+        return None
+    if settings.pooling == "cls" or decoder.config.hidden_size > MAX_EMBEDDING_FLOATS:
+        return None
+    return EmbeddingCard(
+        size=decoder.config.hidden_size, pooling=Pooling(settings.pooling), normalize=settings.is_normalized
+    )
 
 
 def preload(config: EngineConfig, cache_dir: Path) -> None:
@@ -126,10 +152,13 @@ def preload(config: EngineConfig, cache_dir: Path) -> None:
     Starts no thread, and looks for no GPU. Raises ModelError.
     """
     torch.set_num_threads(1)
-    keep_packed(resolve(config.model, cache_dir, lambda _: None), _options(config, "cpu"))
+    files = resolve(config.model, cache_dir, lambda _: None)
+    if not is_encoder(files):
+        keep_packed(files, load_options(config, "cpu"))
 
 
-def _options(config: EngineConfig, device: str) -> LoadOptions:
+def load_options(config: EngineConfig, device: str) -> LoadOptions:
+    """Return how a model is loaded for this configuration."""
     return LoadOptions(
         dtype=config.dtype,
         device=device,
@@ -166,7 +195,16 @@ def _max_model_len(config: EngineConfig, model_tokens: int, num_blocks: int, say
     return min(max_model_len, pool_tokens)
 
 
-def _device(name: str) -> torch.device:
+def _require_xgrammar() -> None:
+    """Raise ConfigError unless the library is whole: it may be there without what it needs."""
+    try:
+        importlib.import_module("xgrammar")
+    except ImportError as error:
+        raise ConfigError(f"grammar_backend: xgrammar cannot be used here ({error}); llguidance comes along") from error
+
+
+def device_of(name: str) -> torch.device:
+    """Return the device that a configuration names; raises ConfigError where there is none."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():

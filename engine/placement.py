@@ -15,7 +15,7 @@ from engine.loading import LoadedModel
 from engine.sequence import Sequence
 from protocol.block_hash import block_hashes, root_hash
 from protocol.errors import GrammarError
-from protocol.readout import ReadEmbedding, ReadLabels
+from protocol.readout import Pooling, ReadEmbedding, ReadLabels
 from protocol.wire import Prefill, Reserve
 
 Placement = TypeVar("Placement", Prefill, Reserve)
@@ -73,8 +73,8 @@ def refusal_of(message: Prefill | Reserve, model: LoadedModel) -> str | None:
     if not message.prompt or num_tokens >= model.max_model_len:
         return f"{num_tokens} tokens; this worker takes 1 to {model.max_model_len - 1}"
     sampling, readout = message.sampling, message.readout if isinstance(message, Prefill) else None
-    if isinstance(readout, ReadEmbedding):
-        return "this worker gives no embeddings"
+    if isinstance(readout, ReadEmbedding) and readout.pooling is Pooling.CLS:
+        return "the first token of a decoder has seen nothing: cls pooling is for encoders"
     if readout is not None and isinstance(message, Prefill) and message.decode_worker_id is not None:
         return "a readout has no decode worker"
     largest = max(

@@ -3,6 +3,7 @@
 1. A batch item of a readout names rows whose logits are wanted: the last one for labels, all but the prompt's last one
 for its own tokens. 2. `enqueue_reading` takes these rows, `[n, vocab_size]`, to the few numbers that are wanted.
 3. They come down behind the batch; `result` packs them. A prompt's chunks are joined by `join`.
+Of embeddings the last hidden states are wanted: `enqueue_states` fetches them, `engine/pooling.py` joins them.
 
 Rows are bounded by the scheduler, so that no more than a chunk of a prompt has its logits in memory at once.
 """
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.batch import BatchItem
@@ -24,12 +26,35 @@ from protocol.readout import PromptLogprobs, ReadLabels, ReadPrompt
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What one batch item gave: log probabilities of labels, or rows of a prompt as `PromptLogprobs` lays them out."""
+    """What one batch item gave: log probabilities of labels, or rows of a prompt as `PromptLogprobs` lays them out.
+
+    Or `states` of tokens `[n, hidden_size]`, which stand for `num_tokens` where they were added up on the device.
+    """
 
     labels: tuple[float, ...] = ()
     num_top: int = 0
     values: bytes = b""
     integers: bytes = b""
+    states: NDArray[np.float32] | None = None
+    num_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class FetchedStates:
+    """Last hidden states of one batch item, on the host once marked."""
+
+    values: Tensor
+    mark: Mark
+    num_tokens: int
+
+    def is_done(self) -> bool:
+        """Whether everything has arrived."""
+        return self.mark.is_passed()
+
+    def result(self) -> Reading:
+        """Wait, then return the reading."""
+        self.mark.wait()
+        return Reading(states=self.values.numpy(), num_tokens=self.num_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +98,15 @@ def enqueue_reading(logits: Tensor, item: BatchItem, queue: DeviceQueue) -> Fetc
         values = torch.cat((chosen.unsqueeze(1), top_values), dim=1)
         integers = torch.cat((rank.unsqueeze(1), top_ids), dim=1).to(torch.int32)
     return FetchedReading(*queue.fetch(values), *queue.fetch(integers))
+
+
+def enqueue_states(states: Tensor, queue: DeviceQueue) -> FetchedStates:
+    """Enqueue that states `[n, hidden_size]` come down; those of a GPU are added up there."""
+    num_tokens = states.shape[0]
+    if states.device.type != "cpu" and num_tokens > 1:
+        with queue.active(), torch.inference_mode():
+            states = states.double().sum(0, keepdim=True).float()
+    return FetchedStates(*queue.fetch(states), num_tokens)
 
 
 def join(readings: Sequence[Reading]) -> PromptLogprobs:

@@ -18,9 +18,10 @@ from typing import Protocol
 
 import aiohttp
 
-from protocol.channel import Channel, dial
+from protocol.channel import Conversation, dial
 from protocol.errors import AuthenticationFailed, ConfigError, PeerLost, ProtocolError, VersionMismatch
 from protocol.lease import LeaseTable
+from protocol.local_channel import SCHEME, dial_local
 from protocol.wire import (
     Abort,
     AnyMessage,
@@ -64,7 +65,7 @@ class RouterLink:
     """Keeps one worker registered with one router.
 
     Args:
-        url: `http://host:port` of the router's control port.
+        url: `http://host:port` of the router's control port, or the `inproc` URL of a router in this process.
         register: makes the registration.
         max_retry_s: longest pause between two attempts.
     """
@@ -78,7 +79,7 @@ class RouterLink:
         self._owner = owner
         self._register = register
         self._max_retry_s = max_retry_s
-        self._channel: Channel | None = None
+        self._channel: Conversation | None = None
         self._leases: LeaseTable | None = None
 
     def post(self, message: Message, connection: int | None = None) -> None:
@@ -106,7 +107,7 @@ class RouterLink:
         async with aiohttp.ClientSession() as session:
             while True:
                 try:
-                    channel = await dial(session, f"{self.url}/control", self._secret, "control")
+                    channel = await self._dial(session)
                     pause_s, announced = FIRST_RETRY_S, False
                     await self._converse(channel)
                 except (AuthenticationFailed, VersionMismatch, ConfigError) as error:
@@ -118,12 +119,17 @@ class RouterLink:
                 await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
                 pause_s = min(2 * pause_s, self._max_retry_s)
 
+    async def _dial(self, session: aiohttp.ClientSession) -> Conversation:
+        if self.url.startswith(SCHEME):
+            return dial_local(self.url)
+        return await dial(session, f"{self.url}/control", self._secret, "control")
+
     async def close(self) -> None:
         """Flush and close the current connection."""
         if self._channel is not None:
             await self._channel.close()
 
-    async def _converse(self, channel: Channel) -> None:
+    async def _converse(self, channel: Conversation) -> None:
         beat: asyncio.Task[None] | None = None
         try:
             channel.post(self._register())
@@ -149,7 +155,7 @@ class RouterLink:
         if not isinstance(message, Welcome):
             raise ProtocolError(f"expected Welcome, got {type(message).__name__}")
 
-    def _enter(self, channel: Channel, welcome: Welcome) -> None:
+    def _enter(self, channel: Conversation, welcome: Welcome) -> None:
         self.connection += 1
         self._channel = channel
         if self._leases is None:
@@ -169,13 +175,13 @@ class RouterLink:
         else:
             raise ProtocolError(f"a router may not send {type(message).__name__}")
 
-    async def _beat(self, channel: Channel, interval_s: float) -> None:
+    async def _beat(self, channel: Conversation, interval_s: float) -> None:
         while True:
             channel.post(self._owner.heartbeat())
             await asyncio.sleep(interval_s)
 
 
-async def _next(channel: Channel, budget_s: float, reason: str) -> AnyMessage:
+async def _next(channel: Conversation, budget_s: float, reason: str) -> AnyMessage:
     """Return the next message, or raise PeerLost with this reason when there is none in time."""
     try:
         async with asyncio.timeout(budget_s):

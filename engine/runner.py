@@ -20,11 +20,12 @@ from engine.batch import BatchItem, build_batch
 from engine.device_queue import PASSED, DeviceQueue, HostQueue, Mark
 from engine.device_sampler import FetchedSamples, sample_on_device
 from engine.kv_cache import KVCache
-from engine.reading import FetchedReading, Reading, enqueue_reading
+from engine.reading import FetchedReading, FetchedStates, Reading, enqueue_reading, enqueue_states
 from engine.sampler import Sampled, SampleInput, sample
 from model.batch import ForwardBatch
 from model.decoder import Decoder
 from model.torch_decoder import TorchDecoder
+from protocol.readout import ReadEmbedding
 from protocol.request import SamplingParams
 
 OnLayer = Callable[[int], None]
@@ -117,6 +118,26 @@ class Runner:
     def _compute(
         self, items: Sequence[BatchItem], on_layer: OnLayer | None, stops: Collection[int] | None
     ) -> list[Sampled | Reading | None]:
+        embedded, others = _divide(items)
+        if embedded:
+            found: list[Sampled | Reading | None] = [None] * len(items)
+            for at, states in self._states([items[at] for at in embedded], embedded).items():
+                found[at] = states.result()
+            rest = self._compute([items[at] for at in others], on_layer, stops) if others else []
+            for at, entry in zip(others, rest, strict=True):
+                found[at] = entry
+            return found
+        return self._compute_logits(items, on_layer, stops)
+
+    def _states(self, items: Sequence[BatchItem], places: Sequence[int]) -> dict[int, FetchedStates]:
+        device = self._kv.tensor.device
+        batch = build_batch(items, self._block_size, lambda array: torch.from_numpy(array).to(device), may_decode=False)
+        states = self._decoder.forward_states(batch, self._kv.tensor)
+        return _fetch_states(states, items, places, HostQueue(device))
+
+    def _compute_logits(
+        self, items: Sequence[BatchItem], on_layer: OnLayer | None, stops: Collection[int] | None
+    ) -> list[Sampled | Reading | None]:
         device = self._kv.tensor.device
         batch = build_batch(items, self._block_size, lambda array: torch.from_numpy(array).to(device))
         with torch.inference_mode():
@@ -153,6 +174,21 @@ class DeviceRunner:
         self, items: Sequence[BatchItem], on_layer: OnLayer | None = None, stops: Collection[int] | None = None
     ) -> LaunchedBatch:
         """Enqueue; see `BatchRunner.launch`. Does not wait for the device."""
+        embedded, others = _divide(items)
+        if not embedded:
+            return self._launch_logits(items, on_layer, stops)
+        # First, so that whoever is told of a layer of the others finds these blocks computed as well.
+        chosen = [items[at] for at in embedded]
+        batch = build_batch(chosen, self._block_size, self._queue.upload, may_decode=False)
+        with self._queue.active():
+            states = self._decoder.forward_states(batch, self._kv.tensor)
+        fetched = _fetch_states(states, chosen, embedded, self._queue)
+        rest = self._launch_logits([items[at] for at in others], on_layer, stops) if others else None
+        return _Divided(len(items), fetched, others, rest, self._queue.mark())
+
+    def _launch_logits(
+        self, items: Sequence[BatchItem], on_layer: OnLayer | None, stops: Collection[int] | None
+    ) -> LaunchedBatch:
         # Never as a decode batch, however short the chunks: a row's bits must not depend on its company.
         batch = build_batch(items, self._block_size, self._queue.upload, may_decode=False)
         parts = _LogitRows(items)
@@ -215,6 +251,50 @@ class _Enqueued:
         for at, reading in self.read.items():
             found[at] = reading.result()
         return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Divided:
+    """A batch some of whose items are read as states, at their places; the others run behind them, if there are any."""
+
+    num_items: int
+    fetched: dict[int, FetchedStates]
+    others: list[int]
+    rest: LaunchedBatch | None
+    mark: Mark
+
+    def is_done(self) -> bool:
+        is_rest_done = self.rest is None or self.rest.is_done()
+        return is_rest_done and self.mark.is_passed() and all(states.is_done() for states in self.fetched.values())
+
+    def results(self) -> list[Sampled | Reading | None]:
+        self.mark.wait()
+        found: list[Sampled | Reading | None] = [None] * self.num_items
+        for at, states in self.fetched.items():
+            found[at] = states.result()
+        if self.rest is not None:
+            for at, entry in zip(self.others, self.rest.results(), strict=True):
+                found[at] = entry
+        return found
+
+
+def _divide(items: Sequence[BatchItem]) -> tuple[list[int], list[int]]:
+    """Return the places of the items whose states are read, and those of the others."""
+    embedded = [at for at, item in enumerate(items) if isinstance(item.sequence.readout, ReadEmbedding)]
+    others = [at for at, item in enumerate(items) if not isinstance(item.sequence.readout, ReadEmbedding)]
+    return embedded, others
+
+
+def _fetch_states(
+    states: Tensor, items: Sequence[BatchItem], places: Sequence[int], queue: DeviceQueue
+) -> dict[int, FetchedStates]:
+    fetched, row = {}, 0
+    for place, item in zip(places, items, strict=True):
+        num_rows = item.num_logit_rows
+        if num_rows:
+            fetched[place] = enqueue_states(states[row : row + num_rows], queue)
+        row += num_rows
+    return fetched
 
 
 class _LogitRows:

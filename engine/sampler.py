@@ -79,7 +79,7 @@ def sample(logits: Tensor, rows: Sequence[SampleInput]) -> list[Sampled]:
     Synchronises the device: the result is on the host.
     """
     require_vocab_size(logits.shape[1])
-    plain = [row.sampling.is_greedy and not _is_adjusted(row) for row in rows]
+    plain = [row.sampling.is_greedy and row.grammar is None and not _is_adjusted(row) for row in rows]
     likeliest = _likeliest(logits) if any(plain) else []
     result = []
     for i, row in enumerate(rows):
@@ -104,27 +104,42 @@ def _likeliest(logits: Tensor) -> list[int]:
 def _is_adjusted(row: SampleInput) -> bool:
     p = row.sampling
     penalised = p.repetition_penalty != 1.0 or p.presence_penalty != 0.0 or p.frequency_penalty != 0.0
-    return penalised or bool(p.logit_bias) or len(row.output) < p.min_tokens or row.grammar is not None
+    return penalised or bool(p.logit_bias) or len(row.output) < p.min_tokens
 
 
 def _choose(logits: Tensor, row: SampleInput) -> int:
     values: Row = logits.float().cpu().numpy()
+    if row.grammar is None:
+        return _choose_among(values, row)
+    # What it bars has no weight: leaving it out chooses the same token in a fraction of the time.
+    allowed = np.flatnonzero(allowed_tokens(row.grammar.mask(), len(values)))
+    return _choose_among(values, row, allowed)
+
+
+def _choose_among(values: Row, row: SampleInput, allowed: NDArray[np.int64] | None = None) -> int:
+    """Choose a token of one row, of those in `allowed` (ascending); token 0 where none has a logit above -inf."""
     with np.errstate(all="ignore"):  # infinities are meant, as on the device
         if _is_adjusted(row):
             values = _adjust(values.copy(), row)
-        largest = values.max()
+        if allowed is not None:
+            values = values[allowed]
+        largest = values.max(initial=-np.inf)
         if np.isnan(largest):
             values = np.where(np.isnan(values), np.float32(-np.inf), values)
             largest = values.max()
         temperature = np.float32(row.sampling.temperature)
-        if temperature == 0 or largest == -np.inf:
-            return int(values.argmax())
-        distances = _distances(values, largest, temperature)
-    return _draw(distances, row.sampling, random_bits(row.sampling.seed, len(row.output)))
+        if largest == -np.inf:
+            return 0
+        if temperature == 0:
+            place = int(values.argmax())
+        else:
+            distances = _distances(values, largest, temperature)
+            place = _draw(distances, row.sampling, random_bits(row.sampling.seed, len(row.output)))
+    return place if allowed is None else int(allowed[place])
 
 
 def _adjust(values: Row, row: SampleInput) -> Row:
-    """Apply penalties, bias, the bar on endings and the grammar in place, as `kernels.sampling.adjust_logits`."""
+    """Apply penalties, bias and the bar on ending tokens to one row, in place, as `kernels.sampling.adjust_logits`."""
     p = row.sampling
     if p.repetition_penalty != 1.0:
         seen, repetition = np.array(sorted({*row.prompt, *row.output}), np.int64), np.float32(p.repetition_penalty)
@@ -140,8 +155,6 @@ def _adjust(values: Row, row: SampleInput) -> Row:
     if len(row.output) < p.min_tokens:
         barred = np.array(p.barred_token_ids, np.int64)
         values[barred[barred < len(values)]] = -np.inf
-    if row.grammar is not None:
-        values[~allowed_tokens(row.grammar.mask(), len(values))] = -np.inf
     return values
 
 

@@ -87,13 +87,14 @@ class ModelConfig:
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim
 
 
-class _Fields:
+class Fields:
     """Typed access to a JSON object or GGUF metadata: a wrong type or a missing field is a ModelError naming it."""
 
     def __init__(self, values: Mapping[str, object], where: str) -> None:
         self.values, self.where = values, where
 
     def integer(self, key: str, default: int | None = None) -> int:
+        """Give an integer."""
         value = self.values.get(key)
         value = default if value is None else value
         if not isinstance(value, int) or isinstance(value, bool):
@@ -101,6 +102,7 @@ class _Fields:
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
+        """Give a number."""
         value = self.values.get(key)
         value = default if value is None else value
         if not isinstance(value, int | float) or isinstance(value, bool):
@@ -108,6 +110,7 @@ class _Fields:
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
+        """Give a truth value."""
         value = self.values.get(key)
         value = default if value is None else value
         if not isinstance(value, bool):
@@ -115,9 +118,11 @@ class _Fields:
         return value
 
     def optional_integer(self, key: str) -> int | None:
+        """Give an integer, or None where there is none."""
         return None if self.values.get(key) is None else self.integer(key)
 
     def token_ids(self, key: str) -> tuple[int, ...]:
+        """Give token ids, none where there are none."""
         value = self.values.get(key)
         items = [] if value is None else value if isinstance(value, list) else [value]
         if not all(isinstance(item, int) and not isinstance(item, bool) for item in items):
@@ -131,17 +136,17 @@ def read_config(files: "ModelFiles") -> ModelConfig:
         return from_gguf(GgufFile(files.weight_files[0]))
     if files.config_path is None:
         raise ModelError(f"{files.path}: config.json is missing")
-    config = from_hf(_read_json(files.config_path))
+    config = from_hf(read_json(files.config_path))
     if files.generation_config_path is None:
         return config
-    generation = _Fields(_read_json(files.generation_config_path), "generation_config.json")
+    generation = Fields(read_json(files.generation_config_path), "generation_config.json")
     merged = tuple(dict.fromkeys((*generation.token_ids("eos_token_id"), *config.eos_token_ids)))
     return replace(config, eos_token_ids=merged)
 
 
 def from_hf(values: Mapping[str, object]) -> ModelConfig:
     """Read a Hugging Face `config.json` (already parsed); raises ModelError, UnsupportedModelError."""
-    fields = _Fields(values, "config.json")
+    fields = Fields(values, "config.json")
     architecture = _hf_architecture(values)
     _refuse_hf_features(values)
     num_heads, hidden_size = fields.integer("num_attention_heads"), fields.integer("hidden_size")
@@ -201,8 +206,8 @@ def _hf_rope(values: Mapping[str, object]) -> tuple[float, RopeScaling]:
     nested = values.get("rope_parameters") or values.get("rope_scaling") or {}
     if not isinstance(nested, dict):
         raise ModelError(f"config.json: rope_scaling must be an object, found {nested!r}")
-    fields = _Fields(nested, "config.json: rope_scaling")
-    theta = fields.number("rope_theta", _Fields(values, "config.json").number("rope_theta", 10000.0))
+    fields = Fields(nested, "config.json: rope_scaling")
+    theta = fields.number("rope_theta", Fields(values, "config.json").number("rope_theta", 10000.0))
     kind = nested.get("rope_type", nested.get("type", "none"))
     kind = "none" if kind == "default" else kind
     if kind not in ROPE_KINDS:
@@ -222,7 +227,7 @@ def _hf_rope(values: Mapping[str, object]) -> tuple[float, RopeScaling]:
     )
 
 
-def _hf_sliding_window(fields: _Fields, architecture: str) -> int | None:
+def _hf_sliding_window(fields: Fields, architecture: str) -> int | None:
     # Qwen carries a window size that is in force only with use_sliding_window; Llama has none.
     in_force = architecture == "MistralForCausalLM" or (
         architecture.startswith("Qwen") and fields.flag("use_sliding_window", False)
@@ -239,7 +244,7 @@ def from_gguf(file: GgufFile) -> ModelConfig:
         raise UnsupportedModelError(
             f"{file.path.name}: GGUF architecture {name!r} is not supported (supported: {known})"
         )
-    fields = _Fields(file.metadata, file.path.name)
+    fields = Fields(file.metadata, file.path.name)
     if fields.integer(f"{name}.expert_count", 0):
         raise UnsupportedModelError(f"{file.path.name}: mixture-of-experts models are not supported")
     embedding = file.tensors.get("token_embd.weight")
@@ -273,7 +278,7 @@ def from_gguf(file: GgufFile) -> ModelConfig:
     )
 
 
-def _gguf_rope_scaling(file: GgufFile, fields: _Fields, name: str) -> RopeScaling:
+def _gguf_rope_scaling(file: GgufFile, fields: Fields, name: str) -> RopeScaling:
     if "rope_freqs.weight" in file.tensors:
         return RopeScaling("tensor")
     kind = fields.values.get(f"{name}.rope.scaling.type", "none")
@@ -283,13 +288,14 @@ def _gguf_rope_scaling(file: GgufFile, fields: _Fields, name: str) -> RopeScalin
     return RopeScaling("linear", factor) if kind == "linear" and factor != 1.0 else RopeScaling()
 
 
-def _gguf_eos(fields: _Fields) -> tuple[int, ...]:
+def _gguf_eos(fields: Fields) -> tuple[int, ...]:
     keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
     ids = (fields.optional_integer(key) for key in keys)
     return tuple(dict.fromkeys(token_id for token_id in ids if token_id is not None))
 
 
-def _read_json(path: Path) -> dict[str, object]:
+def read_json(path: Path) -> dict[str, object]:
+    """Read a JSON object from a file; raises ModelError."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -55,3 +55,10 @@ class Decoder(Protocol):
         or writes.
         """
         ...
+
+    def forward_states(self, batch: ForwardBatch, kv_cache: Tensor) -> Tensor:
+        """Do what `forward` does, but return the last hidden states after the final norm, before the vocabulary.
+
+        `[R, hidden_size]` float32, one row for each of `logits_indices`. The batch is no decode step.
+        """
+        ...

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from model.config import read_config
+from model.encoder_config import is_encoder, read_encoder_config
 from model.errors import WeightError
 from model.gguf_file import GgufFile
 from model.source import ModelFiles
@@ -34,7 +35,8 @@ def model_hash(files: ModelFiles, dummy_seed: int = 0) -> str:
     Reads at most 16 MiB of each weight file. Raises ModelError.
     """
     digest = hashlib.sha256(b"baton model 1\0")
-    digest.update(json.dumps(asdict(read_config(files)), sort_keys=True).encode())
+    shape = asdict(read_encoder_config(files) if is_encoder(files) else read_config(files))
+    digest.update(json.dumps(shape, sort_keys=True).encode())
     if files.format == "dummy":
         digest.update(f"\0dummy {dummy_seed}".encode())
     for path in files.weight_files:

@@ -68,8 +68,15 @@ class NativeDecoder:
         kv_cache may be float32, float16 or bfloat16. Calls of two threads take turns. Raises ValueError,
         with nothing written, for a batch that does not fit the cache or the model.
         """
-        step = StepInput(*(getattr(batch, part.name) for part in fields(StepInput)))
-        return self._step.forward(step, kv_cache, on_layer, stops)
+        return self._step.forward(_step_input(batch), kv_cache, on_layer, stops)
+
+    def forward_states(self, batch: ForwardBatch, kv_cache: Tensor) -> Tensor:
+        """Run the batch for its last hidden states; see `model.decoder.Decoder.forward_states`."""
+        return self._step.forward_states(_step_input(batch), kv_cache)
+
+
+def _step_input(batch: ForwardBatch) -> StepInput:
+    return StepInput(*(getattr(batch, part.name) for part in fields(StepInput)))
 
 
 def why_not(config: ModelConfig) -> str | None:

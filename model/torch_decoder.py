@@ -81,28 +81,45 @@ class TorchDecoder:
         The result is an inference tensor: change it in place only under `torch.inference_mode`. With kernels that are
         capturable nothing synchronises; the reference reads slots and lengths on the host.
         """
-        eps, kernels = self.config.rms_eps, self.kernels
         with torch.inference_mode():
-            residual = F.embedding(batch.token_ids, self.weights.embedding)
-            delta: Tensor | None = None
-            for index, layer in enumerate(self.weights.layers):
-                if delta is None:
-                    normed = kernels.rms_norm(residual, layer.attention_norm, eps)
-                else:
-                    normed, residual = kernels.add_rms_norm(delta, residual, layer.attention_norm, eps)
-                kv_layer = kv_cache[:, index]
-                query = self._query_and_store(index, layer, normed, batch, kv_layer)
-                if on_layer is not None and (stops is None or index in stops):
-                    on_layer(index)
-                attended = self._attend(query, batch, kv_layer)
-                if index == self.config.num_layers - 1 and not batch.is_decode:
-                    # Nothing after this attention mixes rows: go on with the wanted ones only.
-                    residual, attended = residual[batch.logits_indices], attended[batch.logits_indices]
-                delta, residual = self._finish_layer(layer, residual, attended, batch.is_decode)
-            assert delta is not None, "a model has layers"
-            normed, _ = kernels.add_rms_norm(delta, residual, self.weights.final_norm, eps)
-            linear = kernels.decode_linear if batch.is_decode else kernels.linear
+            normed = self._normed(batch, kv_cache, on_layer, stops)
+            linear = self.kernels.decode_linear if batch.is_decode else self.kernels.linear
             return linear(normed, self.weights.lm_head, None).float()
+
+    def forward_states(self, batch: ForwardBatch, kv_cache: Tensor) -> Tensor:
+        """Run the batch for its last hidden states; see `model.decoder.Decoder.forward_states`."""
+        assert not batch.is_decode
+        with torch.inference_mode():
+            return self._normed(batch, kv_cache, None, None).float()
+
+    def _normed(
+        self,
+        batch: ForwardBatch,
+        kv_cache: Tensor,
+        on_layer: Callable[[int], None] | None,
+        stops: Collection[int] | None,
+    ) -> Tensor:
+        """Return the last hidden states after the final norm, of the wanted rows: in inference mode."""
+        eps, kernels = self.config.rms_eps, self.kernels
+        residual = F.embedding(batch.token_ids, self.weights.embedding)
+        delta: Tensor | None = None
+        for index, layer in enumerate(self.weights.layers):
+            if delta is None:
+                normed = kernels.rms_norm(residual, layer.attention_norm, eps)
+            else:
+                normed, residual = kernels.add_rms_norm(delta, residual, layer.attention_norm, eps)
+            kv_layer = kv_cache[:, index]
+            query = self._query_and_store(index, layer, normed, batch, kv_layer)
+            if on_layer is not None and (stops is None or index in stops):
+                on_layer(index)
+            attended = self._attend(query, batch, kv_layer)
+            if index == self.config.num_layers - 1 and not batch.is_decode:
+                # Nothing after this attention mixes rows: go on with the wanted ones only.
+                residual, attended = residual[batch.logits_indices], attended[batch.logits_indices]
+            delta, residual = self._finish_layer(layer, residual, attended, batch.is_decode)
+        assert delta is not None, "a model has layers"
+        normed, _ = kernels.add_rms_norm(delta, residual, self.weights.final_norm, eps)
+        return normed
 
     def _query_and_store(
         self, index: int, layer: LayerWeights, normed: Tensor, batch: ForwardBatch, kv_layer: Tensor

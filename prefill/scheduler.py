@@ -31,10 +31,11 @@ from enum import Enum, auto
 from engine.batch import BatchItem
 from engine.block_pool import BlockPool
 from engine.local_handoff import PromptTaker
+from engine.pooling import Pool
 from engine.reading import Reading
 from engine.sequence import Sequence, num_blocks_for
 from protocol.block_hash import BlockHash
-from protocol.readout import ReadPrompt
+from protocol.readout import ReadPrompt, reads_cache
 
 MAX_LOGIT_ROWS = 256
 _MAX_BATCH_SEQS = 64
@@ -58,6 +59,7 @@ class PrefillJob:
         deadline_s: when its first token is due, on the clock of `arrived_s`.
         is_lifted: a first token waits for this readout's blocks.
         readings: what its chunks gave so far, if it is a readout.
+        pool: the vector in the making, if it is an embedding.
     """
 
     sequence: Sequence
@@ -71,6 +73,7 @@ class PrefillJob:
     num_in_flight: int = 0
     is_lifted: bool = False
     readings: list[Reading] = field(default_factory=list)
+    pool: Pool | None = None
 
     @property
     def owes_first_token(self) -> bool:
@@ -249,7 +252,7 @@ class PrefillScheduler:
         """Give a job its blocks; return False if there are not enough. One that waits for another's block is passed."""
         seq = job.sequence
         # The last token is always computed: its logits give the first output token.
-        usable = 0 if job.reads_every_row else (seq.num_prefill_tokens - 1) // self._block_size
+        usable = 0 if not reads_cache(seq.readout) else (seq.num_prefill_tokens - 1) // self._block_size
         cached = self._pool.match(seq.names[:usable])
         if len(cached) < usable and (other := being_computed.get(seq.names[len(cached)])) is not None:
             other.is_lifted |= job.owes_first_token

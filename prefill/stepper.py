@@ -24,12 +24,13 @@ from dataclasses import dataclass
 from engine.batch import BatchItem
 from engine.block_pool import BlockPool, PoolCounts, PoolWatch
 from engine.grammar import finish_reason
+from engine.pooling import Pool
 from engine.reading import Reading, join
 from engine.runner import BatchRunner
 from engine.sampler import Sampled
 from prefill.scheduler import JobState, PrefillJob, PrefillScheduler
 from protocol.handoff import SendRange
-from protocol.readout import PromptLogprobs
+from protocol.readout import PromptLogprobs, ReadEmbedding
 from protocol.request import TokenRow
 
 
@@ -103,6 +104,7 @@ class ReadingsReady:
     num_cached_tokens: int
     queue_s: float
     prefill_s: float
+    embedding: bytes = b""
 
 
 PrefillEmission = Started | CellsReady | FirstTokenReady | ReadingsReady | PromptFailed
@@ -320,14 +322,22 @@ class PrefillStepper:
 
     def _read(self, job: PrefillJob, item: BatchItem, result: Sampled | Reading | None) -> None:
         """Keep what a chunk of a readout gave; tell all of it with the last."""
-        if isinstance(result, Reading):
+        readout, embedding = job.sequence.readout, b""
+        if isinstance(result, Reading) and result.states is not None:
+            assert isinstance(readout, ReadEmbedding)
+            job.pool = job.pool or Pool(readout)
+            job.pool.add(result.states, result.num_tokens)
+        elif isinstance(result, Reading):
             job.readings.append(result)
         if not item.wants_logits:
             return
-        labels = () if job.reads_every_row else job.readings[-1].labels
+        if job.pool is not None:
+            embedding = job.pool.vector()
+        labels = () if job.pool is not None or job.reads_every_row else job.readings[-1].labels
         prompt = join(job.readings) if job.reads_every_row else None
         queue_s, prefill_s = job.started_s - job.arrived_s, time.monotonic() - job.started_s
-        self._emit(ReadingsReady(job.transfer_id, labels, prompt, job.num_cached_tokens, queue_s, prefill_s))
+        ready = ReadingsReady(job.transfer_id, labels, prompt, job.num_cached_tokens, queue_s, prefill_s, embedding)
+        self._emit(ready)
 
     def _publish(self) -> None:
         self.pool_counts = self._pool.counts()

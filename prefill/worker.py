@@ -9,7 +9,7 @@
 Colocated with decode, over one pool, nothing is sent: with step 4 the decode stepper beside this one holds the prompt's
 blocks, and the placement ends here (`engine/local_handoff.py`).
 A request that needs no decode worker (`decode_worker_id` is None, or its first token ends it) stops after step 4. So
-does a readout, whose `Readings` stand for the first token.
+does a readout, whose `Readings` stand for the first token. Where the model is an encoder: `prefill/encoder_worker.py`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import msgspec
 
 from engine.block_pool import BlockPool, PoolCounts
 from engine.compute_loop import ComputeLoop
+from engine.encoder_loading import is_encoder_model
 from engine.execution import open_batch_runner, phases_agree, stays_on_device
 from engine.loading import LoadedModel, load, pin_process
 from engine.local_handoff import TRANSPORT as LOCAL
@@ -36,6 +37,7 @@ from kvtransfer.stats import TransferStats
 from kvtransfer.transport import Identity, Listener, Transport
 from kvtransfer.transports import open_transport
 from prefill.config import PrefillConfig
+from prefill.encoder_worker import run_encoder
 from prefill.scheduler import PrefillJob, PrefillScheduler
 from prefill.stepper import (
     AbortJob,
@@ -50,6 +52,8 @@ from prefill.stepper import (
     TransferEnded,
     layer_groups,
 )
+from protocol.errors import ConfigError
+from protocol.readout import EmbeddingCard, Pooling
 from protocol.wire import (
     Declined,
     FirstToken,
@@ -95,6 +99,7 @@ class PrefillWorker:
             model.backend,
             phases_agree(model),
         )
+        registration = msgspec.structs.replace(registration, embedding=_embedding_card(config, model))
         if isinstance(departure, OnePool):
             address = PeerAddress(worker_id=registration.worker_id, instance=registration.instance, transport=LOCAL)
             departure.address, registration = address, msgspec.structs.replace(registration, address=address)
@@ -268,6 +273,7 @@ class PrefillWorker:
             transfer_id=ready.transfer_id,
             labels=ready.labels,
             prompt=ready.prompt,
+            embedding=ready.embedding,
             num_cached_tokens=ready.num_cached_tokens,
             queue_s=ready.queue_s,
             prefill_s=ready.prefill_s,
@@ -300,6 +306,15 @@ class PrefillWorker:
         return refusal_of(message, self._model)
 
 
+def _embedding_card(config: PrefillConfig, model: LoadedModel) -> EmbeddingCard | None:
+    """Return what vectors this worker gives; raises ConfigError for a pooling that decoders lack."""
+    if config.pooling == Pooling.CLS:
+        raise ConfigError("pooling: cls is for encoders; the first token of a decoder has seen nothing")
+    if model.embedding is None or config.pooling == "auto":
+        return model.embedding
+    return msgspec.structs.replace(model.embedding, pooling=Pooling(config.pooling))
+
+
 async def run(config: PrefillConfig) -> int:
     """Run a prefill worker until SIGTERM has drained it; return the exit code.
 
@@ -307,6 +322,8 @@ async def run(config: PrefillConfig) -> int:
         ConfigError: model, device or sizes cannot be used.
     """
     pin_process(config.engine.cores)
+    if await asyncio.to_thread(is_encoder_model, config.engine, config.cache_dir):
+        return await run_encoder(config)
     model = await asyncio.to_thread(load, config.engine, log.info, config.cache_dir)
     transport = open_transport(config.transfer, config.service.secret)
     compute = ComputeLoop(config.engine.num_threads)

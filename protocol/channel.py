@@ -25,7 +25,7 @@ import secrets
 import socket
 from collections.abc import Coroutine
 from contextlib import suppress
-from typing import Final
+from typing import Final, Protocol
 
 import aiohttp
 from aiohttp import web
@@ -57,6 +57,26 @@ MAX_REASON_BYTES: Final = 120
 
 WebSocket = aiohttp.ClientWebSocketResponse | web.WebSocketResponse
 _OVER: Final = (aiohttp.WSMsgType.CLOSE, aiohttp.WSMsgType.CLOSING, aiohttp.WSMsgType.CLOSED)
+
+
+class Conversation(Protocol):
+    """What both kinds of channel do: this file's, and the one inside a process (`protocol/local_channel.py`)."""
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the conversation is over."""
+
+    def post(self, message: Message) -> None:
+        """Queue a message; dropped if the conversation is over. Never blocks."""
+
+    async def receive(self) -> AnyMessage:
+        """Return the next message; cancel-safe. Raises PeerLost, ProtocolError."""
+
+    async def close(self) -> None:
+        """Send what is queued, then end the conversation."""
+
+    def abort(self, reason: str) -> None:
+        """End the conversation at once; idempotent."""
 
 
 class Channel:

@@ -10,7 +10,8 @@ BatonError
 │   └── Overloaded              429: shed early; carries retry_after_s
 ├── RequestFailed               accepted, then not completed (HTTP 5xx or an error event)
 │   ├── NotReady                503: no pair of workers can take it
-│   └── DeadlineExceeded        504: its deadline passed
+│   ├── DeadlineExceeded        504: its deadline passed
+│   └── RequestAborted          499: ended by its id before it had finished
 ├── ProtocolError               a peer said what the wire does not allow; the connection is closed
 │   ├── AuthenticationFailed    wrong cluster secret, or none
 │   ├── VersionMismatch         the peer speaks another wire version
@@ -102,6 +103,12 @@ class DeadlineExceeded(RequestFailed):
     """The request's deadline passed before it finished."""
 
     status = 504
+
+
+class RequestAborted(RequestFailed):
+    """The request was ended by its id before it had finished."""
+
+    status = 499
 
 
 class ProtocolError(BatonError):

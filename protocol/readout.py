@@ -37,6 +37,7 @@ class Pooling(StrEnum):
 
     MEAN = "mean"
     LAST = "last"
+    CLS = "cls"
 
 
 class ReadLabels(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="labels"):
@@ -55,10 +56,28 @@ class ReadPrompt(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", ta
 
 
 class ReadEmbedding(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="embedding"):
-    """One vector: the mean over all tokens' last hidden states, or the last token's; of length 1 if `normalize`."""
+    """One vector: the mean over all tokens' last hidden states, the last or the first token's; of length 1 if asked.
+
+    The first one's ("cls") means something in encoders alone, where it has seen the whole text.
+    """
 
     pooling: Pooling
     normalize: bool = True
+
+
+class EmbeddingCard(msgspec.Struct, frozen=True, kw_only=True):
+    """What a worker says of the vectors it gives.
+
+    Attributes:
+        size: floats of a vector.
+        pooling, normalize: what its model was trained for, or its user chose.
+        is_encoder: it does nothing else: no decode worker stands beside it, and no token can be had.
+    """
+
+    size: Annotated[int, msgspec.Meta(ge=1, le=MAX_EMBEDDING_FLOATS)]
+    pooling: Pooling
+    normalize: bool = True
+    is_encoder: bool = False
 
 
 Readout = ReadLabels | ReadPrompt | ReadEmbedding
@@ -114,6 +133,13 @@ def does_answer(
     if isinstance(readout, ReadPrompt):
         return prompt is not None and prompt.num_rows == num_prompt_tokens - 1 and _fits(prompt)
     return len(embedding) > 0 and len(embedding) % 4 == 0
+
+
+def reads_cache(readout: Readout | None) -> bool:
+    """Tell whether leading blocks of a prompt may come from the prefix cache: they hold no logits and no states."""
+    if isinstance(readout, ReadEmbedding):
+        return readout.pooling is Pooling.LAST
+    return not isinstance(readout, ReadPrompt)
 
 
 def floats_of(data: bytes) -> list[float]:

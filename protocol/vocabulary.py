@@ -163,9 +163,13 @@ def byte_form(tokenizer: tokenizers.Tokenizer) -> Callable[[str], bytes]:
     state = tokenizer.decoder.__getstate__().decode()
     if '"ByteLevel"' in state:
         return _from_byte_level
+    if '"WordPiece"' in state:
+        return from_word_piece
     if '"Metaspace"' in state or '"ByteFallback"' in state or "▁" in state or "\\u2581" in state:
         return _from_sentence_piece
-    raise ConfigError(f"tokenizer: a decoder like {state[:200]} is not supported (byte-level and SentencePiece are)")
+    raise ConfigError(
+        f"tokenizer: a decoder like {state[:200]} is not supported (byte-level, SentencePiece and WordPiece are)"
+    )
 
 
 def _byte_level_alphabet() -> dict[str, int]:
@@ -188,3 +192,8 @@ def _from_byte_level(piece: str) -> bytes:
 def _from_sentence_piece(piece: str) -> bytes:
     byte = _BYTE_PIECE.fullmatch(piece)
     return bytes([int(byte[1], 16)]) if byte else piece.replace("▁", " ").encode()
+
+
+def from_word_piece(piece: str) -> bytes:
+    """Return the bytes of a piece of WordPiece: one that goes on with a word, or one that begins a word."""
+    return piece.removeprefix("##").encode() if piece.startswith("##") else f" {piece}".encode()

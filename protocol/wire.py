@@ -26,7 +26,7 @@ import msgspec
 
 from protocol.errors import ProtocolError
 from protocol.kv_layout import KVFingerprint, Staging
-from protocol.readout import MAX_EMBEDDING_FLOATS, MAX_LABELS, PromptLogprobs, Readout
+from protocol.readout import MAX_EMBEDDING_FLOATS, MAX_LABELS, EmbeddingCard, PromptLogprobs, Readout
 from protocol.request import SamplingParams, TokenId, TokenRow
 
 WIRE_VERSION = 4
@@ -94,6 +94,7 @@ class Register(Message, frozen=True, kw_only=True):
     """A worker's first message. `instance` is new at every start of the process.
 
     `phases_agree`: a prompt's chunks and decode's steps give the same bits, whoever computes a token.
+    `embedding`: what vectors it gives, if it gives any. An encoder has no address: it sends no KV.
     """
 
     worker_id: Name
@@ -107,6 +108,7 @@ class Register(Message, frozen=True, kw_only=True):
     pid: Count = 0
     address: PeerAddress | None = None
     phases_agree: bool = False
+    embedding: EmbeddingCard | None = None
 
 
 class WorkerStats(msgspec.Struct, frozen=True, kw_only=True):

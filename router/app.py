@@ -16,11 +16,14 @@ import logging
 import signal
 import socket
 import time
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from aiohttp import web
 
+from protocol.errors import ConfigError
+from protocol.local_channel import SCHEME, listen
 from router.config import RouterConfig
 from router.control import ControlServer
 from router.core import Core
@@ -30,6 +33,9 @@ from router.server import HttpServer
 from router.switchboard import Switchboard
 from router.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from router.grpc_server import GrpcServer
+
 log = logging.getLogger(__name__)
 
 CLOSE_BUDGET_S: Final = 1.0
@@ -37,7 +43,7 @@ BACKLOG: Final = 1024
 
 
 class Router:
-    """One router on the running event loop: `start`, `drain`, `close`.
+    """One router on the running event loop: `start` (or `start_in_process`), `drain`, `close`.
 
     Args:
         tokenizer: of the model that is served.
@@ -54,6 +60,8 @@ class Router:
         self._is_handing_over = False
         self.clock: asyncio.Task[None] | None = None
         self.http_port = self.control_port = 0
+        self._unlisten: Callable[[], None] | None = None
+        self._grpc: GrpcServer | None = None
 
     async def start(self) -> None:
         """Open both ports.
@@ -70,8 +78,23 @@ class Router:
         app.on_response_prepare.append(self._close_after)
         clients = ClientRunner(app, config.idle_s, CLOSE_BUDGET_S)
         self.http_port = await self._listen(clients, config.http_host, config.http_port, config.http_fd)
+        if config.grpc_port is not None:
+            self._grpc = _grpc_server(config, self.core)
+            await self._grpc.start()
         self.clock = asyncio.create_task(self._control.keep_time())
         log.info("clients on port %d, workers on port %d", self.http_port, self.control_port)
+
+    @property
+    def grpc_port(self) -> int:
+        """The port that gRPC clients connect to; 0 if there is none."""
+        return 0 if self._grpc is None else self._grpc.port
+
+    def start_in_process(self) -> str:
+        """Open no port: workers of this process attach under the URL returned, and requests come through `core`."""
+        url = f"{SCHEME}{self._control.router_id}"
+        self._unlisten = listen(url, self._control.attach)
+        self.clock = asyncio.create_task(self._control.keep_time())
+        return url
 
     async def drain(self, has_successor: bool = False) -> None:
         """Take nothing new and wait for what runs, at most `drain_s`. Cancel-safe.
@@ -85,6 +108,8 @@ class Router:
             await asyncio.gather(*(site.stop() for site in self._runners[-1].sites))
         else:
             self.switchboard.is_draining = True
+        if self._grpc is not None:
+            self._grpc.drain()
         with suppress(TimeoutError):
             async with asyncio.timeout(self._config.drain_s):
                 await self.switchboard.idle.wait()
@@ -93,12 +118,17 @@ class Router:
         """Fail what still runs, close clients' connections, then workers'."""
         self.switchboard.is_draining = True
         self.switchboard.abandon()
+        if self._grpc is not None:
+            await self._grpc.close()
         if self._runners:
             await self._runners.pop().cleanup()
         # Flushes the aborts.
         await self.switchboard.close()
         for runner in self._runners:
             await runner.cleanup()
+        if self._unlisten is not None:
+            self._unlisten()
+            await self._control.detach()
         if self.clock is not None:
             self.clock.cancel()
             with suppress(asyncio.CancelledError):
@@ -121,6 +151,15 @@ class Router:
         await site.start()
         address = runner.addresses[0]
         return int(address[1]) if isinstance(address, tuple) else 0
+
+
+def _grpc_server(config: RouterConfig, core: Core) -> GrpcServer:
+    """Import gRPC only where it is asked for. Raises ConfigError where it is not installed."""
+    try:
+        from router.grpc_server import GrpcServer
+    except ImportError as error:
+        raise ConfigError(f"grpc-port: needs the extra: pip install 'baton-serve[grpc]' ({error})") from error
+    return GrpcServer(config, core)
 
 
 async def run(config: RouterConfig) -> int:

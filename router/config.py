@@ -16,6 +16,7 @@ class RouterConfig:
         served_model_names: names that clients may use; the first is reported.
         secret: cluster secret, at least 16 bytes; every worker proves it.
         http_host, http_port: where clients connect; `http_fd` is an already listening socket and wins.
+        grpc_port: where gRPC clients connect, at `http_host`; None opens no such port.
         control_host, control_port: where workers connect; loopback unless told otherwise; `control_fd` wins.
         chat_template: text of a Jinja template that replaces the model's own, or None.
         max_model_len: upper bound of prompt plus output tokens, or None for what the workers report.
@@ -47,6 +48,7 @@ class RouterConfig:
     http_host: str = "127.0.0.1"
     http_port: int = 8000
     http_fd: int | None = None
+    grpc_port: int | None = None
     control_host: str = "127.0.0.1"
     control_port: int = 8001
     control_fd: int | None = None

@@ -16,8 +16,9 @@ from typing import Final, get_args
 
 from aiohttp import web
 
-from protocol.channel import Channel, accept
+from protocol.channel import Conversation, accept
 from protocol.errors import BatonError, PeerLost, ProtocolError
+from protocol.local_channel import LocalChannel
 from protocol.wire import Dismissed, Register, Welcome, WorkerMessage
 from router.config import RouterConfig
 from router.members import Refusal, WorkerKey
@@ -37,12 +38,25 @@ class ControlServer:
         self._config = config
         self._switchboard = switchboard
         self.router_id = secrets.token_hex(8)
+        self._local: set[asyncio.Task[None]] = set()
 
     def app(self) -> web.Application:
         """Return the aiohttp application of the control port."""
         app = web.Application()
         app.router.add_get("/control", self._serve)
         return app
+
+    def attach(self, channel: LocalChannel) -> None:
+        """Speak with a worker of this process, until it or `detach` ends the conversation."""
+        task = asyncio.create_task(self._converse_to_the_end(channel, "this process"))
+        self._local.add(task)
+        task.add_done_callback(self._local.discard)
+
+    async def detach(self) -> None:
+        """End what is left of conversations with workers of this process."""
+        for task in list(self._local):
+            task.cancel()
+        await asyncio.gather(*self._local, return_exceptions=True)
 
     async def keep_time(self) -> None:
         """Pulse and tick until cancelled."""
@@ -61,16 +75,19 @@ class ControlServer:
         except BatonError as error:
             log.warning("refused a connection from %s: %s", request.remote, error)
             return web.Response(status=403)
+        await self._converse_to_the_end(channel, request.remote)
+        return await channel.served()
+
+    async def _converse_to_the_end(self, channel: Conversation, peer: str | None) -> None:
         try:
             await self._converse(channel)
         except (PeerLost, ProtocolError) as error:
-            log.debug("connection from %s ended: %s", request.remote, error)
+            log.debug("connection from %s ended: %s", peer, error)
         finally:
             # After `close` there is nothing left to abort.
             channel.abort("conversation ended")
-        return await channel.served()
 
-    async def _converse(self, channel: Channel) -> None:
+    async def _converse(self, channel: Conversation) -> None:
         try:
             async with asyncio.timeout(REGISTER_BUDGET_S):
                 registration = await channel.receive()
@@ -99,7 +116,7 @@ class ControlServer:
             if self._switchboard.owns(result.key, channel):
                 self._switchboard.lose(result.key, reason)
 
-    async def _listen(self, key: WorkerKey, channel: Channel) -> None:
+    async def _listen(self, key: WorkerKey, channel: Conversation) -> None:
         while True:
             message = await channel.receive()
             if not isinstance(message, _WORKER_MESSAGES):

@@ -16,16 +16,17 @@ from contextlib import contextmanager
 from typing import Any, Final, TypeVar
 
 from protocol.errors import GrammarError, InvalidRequest, NotReady, Overloaded
+from protocol.readout import EmbeddingCard
 from router.config import RouterConfig
 from router.grammar_checks import GrammarChecks
 from router.intake import Intake, Job
+from router.open_requests import OpenRequests
 from router.reading import ReadQuery, ReadSession
 from router.switchboard import OVERLOAD_RETRY_S, Session, Switchboard
 from router.tokenizer import Tokenizer
 
 LONG_TEXT_BYTES: Final = 20_000
 NUM_TEXT_THREADS: Final = 2
-MAX_IN_THREADS: Final = 64
 
 Result = TypeVar("Result")
 
@@ -41,7 +42,9 @@ class Core:
     def __init__(self, config: RouterConfig, tokenizer: Tokenizer, switchboard: Switchboard) -> None:
         self.tokenizer = tokenizer
         self.switchboard = switchboard
+        self.max_num_requests = config.max_num_requests
         self.intake = Intake(tokenizer, config.served_model_names)
+        self.open_requests = OpenRequests()
         self.grammars = GrammarChecks(config.model_path)
         self._num_admitting = self._num_in_threads = 0
         self._threads = ThreadPoolExecutor(NUM_TEXT_THREADS, thread_name_prefix="text")
@@ -86,6 +89,7 @@ class Core:
             RequestRejected, RequestFailed: as `Switchboard.check_capacity` and `Intake.job` do.
         """
         max_model_len = self.switchboard.check_capacity(max(1, self._num_admitting))
+        self._refuse_encoder()
         return await self._checked(await self.off_loop(num_bytes, lambda: make(max_model_len)))
 
     async def _checked(self, job: Job) -> Job:
@@ -103,14 +107,31 @@ class Core:
         """Submit a job; the caller closes the session. Raises as `Switchboard.open` does."""
         return self.switchboard.open(job, arrived_s)
 
-    async def admit_readouts(self, num_bytes: int, make: Callable[[int], Result]) -> Result:
-        """As `admit`, for what `make` returns, of requests that are only read."""
+    async def admit_readouts(self, num_bytes: int, make: Callable[[int], Result], embeds: bool = False) -> Result:
+        """As `admit`, for what `make` returns, of requests that are only read; `embeds`: only for vectors."""
         max_model_len = self.switchboard.check_capacity(is_readout=True)
+        if not embeds:
+            self._refuse_encoder()
         return await self.off_loop(num_bytes, lambda: make(max_model_len))
 
     def open_readouts(self, queries: Sequence[ReadQuery], cache_salt: str, arrived_s: float) -> ReadSession:
         """Submit readouts; the caller closes the session. Raises as `Switchboard.open_readouts` does."""
         return self.switchboard.open_readouts(queries, cache_salt, arrived_s)
+
+    def embedding_card(self) -> EmbeddingCard:
+        """Return what the workers say of their vectors.
+
+        Raises:
+            InvalidRequest: they give none.
+        """
+        card = self.switchboard.registry.embedding
+        if card is None:
+            raise InvalidRequest("model: its workers give no embeddings", "model")
+        return card
+
+    def _refuse_encoder(self) -> None:
+        if self.switchboard.registry.is_encoder:
+            raise InvalidRequest("model: this model only embeds: use /v1/embeddings", "model")
 
     async def off_loop(self, num_bytes: int, work: Callable[[], Result]) -> Result:
         """Run work on text: here if it is short, in a thread if it is long.
@@ -120,8 +141,8 @@ class Core:
         """
         if num_bytes <= LONG_TEXT_BYTES:
             return work()
-        if self._num_in_threads >= MAX_IN_THREADS:
-            raise Overloaded(f"{MAX_IN_THREADS} long texts wait to be tokenised", OVERLOAD_RETRY_S)
+        if self._num_in_threads >= self.max_num_requests:
+            raise Overloaded(f"{self._num_in_threads} long texts wait to be tokenised", OVERLOAD_RETRY_S)
         self._num_in_threads += 1
         future = asyncio.get_running_loop().run_in_executor(self._threads, work)
         # A thread works on for a client that has left, so its place is free when the thread is.

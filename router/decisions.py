@@ -133,8 +133,15 @@ def answer(request: DecisionsRequest, verdict: Verdict) -> bytes:
 
 
 def json_text(value: Any) -> str:
-    """Return JSON as the compact text that a model reads."""
-    return encode_json(value).decode()
+    """Return JSON as the compact text that a model reads.
+
+    Raises:
+        InvalidRequest: it is nested too deeply.
+    """
+    try:
+        return encode_json(value).decode()
+    except RecursionError as error:
+        raise InvalidRequest("the body is nested too deeply") from error
 
 
 def _answer(question: Predicate | Choice | Score, found: Distribution) -> dict[str, Any]:

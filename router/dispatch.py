@@ -30,7 +30,7 @@ from typing import Final
 
 from protocol.block_hash import block_hashes, root_hash
 from protocol.errors import NotReady, RequestFailed
-from protocol.readout import ReadPrompt, does_answer
+from protocol.readout import does_answer, reads_cache
 from protocol.request import FinishReason, TokenRow
 from protocol.wire import Abort, Declined, FirstToken, Preempted, Readings, TransferFailed
 from router.instructions import (
@@ -353,7 +353,7 @@ class Dispatch:
             num_blocks=num_blocks_for(num_tokens, fingerprint.block_size),
             needs_decode=request.needs_decode,
             is_readout=submission.readout is not None,
-            reads_cache=not isinstance(submission.readout, ReadPrompt),
+            reads_cache=reads_cache(submission.readout),
         )
 
     def _place(

@@ -15,6 +15,7 @@ import msgspec
 from router.access import OPEN_PATHS
 from router.api import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from router.decisions import DecisionsRequest
+from router.embeddings import EmbeddingsRequest
 from router.readout_routes import RERANK_PATHS, SCORE_PATHS
 from router.response_objects import ResponseObject
 from router.response_request import ResponsesRequest
@@ -78,6 +79,7 @@ ENDPOINTS: Final[tuple[Endpoint, ...]] = (
     Endpoint("POST", "/v1/chat/completions", "generate", "Answer a conversation", ChatRequest, Answer, True),
     Endpoint("POST", "/v1/completions", "generate", "Go on with a text", CompletionRequest, Answer, True),
     Endpoint("POST", "/v1/responses", "generate", "Answer items, statelessly", ResponsesRequest, ResponseObject, True),
+    Endpoint("POST", "/v1/embeddings", "read", "Vectors of texts", EmbeddingsRequest),
     Endpoint("POST", "/v1/decisions", "read", "Answer typed questions about a text", DecisionsRequest),
     Endpoint("POST", "/v1/systemone", "read", "Answer typed questions about a state", SystemOneRequest),
     *(Endpoint("POST", path, "read", "How well documents fit a query", ScoreRequest) for path in SCORE_PATHS),

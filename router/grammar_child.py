@@ -1,6 +1,6 @@
 """The expendable process in which clients' grammars are compiled and tried: it may crash, hang or swell unharmed.
 
-1. `main` bounds its own memory, lowers its priority, reads the vocabulary and says that it is ready.
+1. `main` reads the vocabulary, bounds the memory that it may take beyond that, and says that it is ready.
 2. Each `Question` on stdin gets one `Verdict` on stdout, both as JSON behind a length of four bytes.
 3. A question that takes more than its share of CPU ends the process by a signal, in the middle of whatever it is at.
 4. The end of stdin ends it: no router, no child.
@@ -57,7 +57,6 @@ def write(file: BinaryIO, message: msgspec.Struct) -> None:
 
 def main(model_path: str) -> None:
     """Answer questions until stdin ends."""
-    resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.nice(NICENESS)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the router's to answer
@@ -67,6 +66,7 @@ def main(model_path: str) -> None:
     except BatonError as error:
         write(writer, Verdict(error=str(error)))
         return
+    _bound_memory()
     write(writer, Verdict())
     while len(head := reader.read(_LENGTH_BYTES)) == _LENGTH_BYTES:
         question = msgspec.json.decode(reader.read(int.from_bytes(head, "little")), type=Question)
@@ -78,6 +78,12 @@ def main(model_path: str) -> None:
             verdict = Verdict(error=str(error))
         signal.setitimer(signal.ITIMER_PROF, 0)
         write(writer, verdict)
+
+
+def _bound_memory() -> None:
+    num_pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = num_pages * resource.getpagesize() + MAX_MEMORY_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 class Trial:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from protocol.errors import FingerprintMismatch
 from protocol.kv_layout import KVFingerprint
+from protocol.readout import EmbeddingCard
 from protocol.wire import Heartbeat, PeerAddress, Register, Role, WorkerStats
 
 
@@ -78,6 +79,7 @@ class Registry:
         self._stalled: set[WorkerKey] = set()
         self.fingerprint: KVFingerprint | None = None
         self.max_model_len: int | None = None
+        self.embedding: EmbeddingCard | None = None
 
     def __iter__(self) -> Iterator[Worker]:
         return iter(self._workers.values())
@@ -119,6 +121,8 @@ class Registry:
         self._workers[registration.worker_id] = worker
         if self.fingerprint != registration.fingerprint:
             self.fingerprint = registration.fingerprint
+        if registration.role is Role.PREFILL:
+            self.embedding = registration.embedding
         self._update_limits()
         return worker
 
@@ -167,10 +171,17 @@ class Registry:
         usable = [w for w in self._workers.values() if not w.is_draining]
         prefills = {w.key for w in usable if w.role is Role.PREFILL}
         decodes = [w for w in usable if w.role is Role.DECODE]
+        if self.is_encoder:
+            return [] if prefills else ["no prefill worker"]
         found = [f"no {role} worker" for role, there in (("prefill", prefills), ("decode", decodes)) if not there]
         if not found and not any(w.links & prefills for w in decodes):
             found.append("no decode worker is linked with a prefill worker yet")
         return found
+
+    @property
+    def is_encoder(self) -> bool:
+        """Whether the model that is served only embeds: no decode worker is needed, and nothing is generated."""
+        return self.embedding is not None and self.embedding.is_encoder
 
     @property
     def is_ready(self) -> bool:
@@ -182,7 +193,8 @@ class Registry:
             return Refusal("this instance made no progress; it must be restarted", is_final=True)
         if registration.role not in (Role.PREFILL, Role.DECODE):
             return Refusal(f"a {registration.role} is no worker", is_final=True)
-        if registration.role is Role.PREFILL and registration.address is None:
+        is_encoder = registration.embedding is not None and registration.embedding.is_encoder
+        if registration.role is Role.PREFILL and registration.address is None and not is_encoder:
             return Refusal("a prefill worker must tell its address", is_final=True)
         if registration.worker_id in self._workers:
             return Refusal(f"another worker is registered as {registration.worker_id!r}", is_final=False)

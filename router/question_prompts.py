@@ -75,6 +75,8 @@ class QuestionPrompts:
             raise InvalidRequest(f"{state_param}: must not be empty", state_param)
         beginning = self._frame.before + state
         shared = tuple(self._encode(beginning, self._frame.adds_special, state_param))
+        if len(shared) >= self._max_model_len:
+            raise self._too_long(state_param, len(shared))
         return [self._query(beginning, shared, one) for one in asked]
 
     def _query(self, beginning: str, shared: tuple[int, ...], asked: Asked) -> ReadQuery:
@@ -87,12 +89,13 @@ class QuestionPrompts:
             tokens, shared = self._encode(beginning + ending, self._frame.adds_special, asked.param), ()
         query = ReadQuery(tuple(tokens), readout, shared)
         if query.num_tokens >= self._max_model_len:
-            raise ContextTooLong(
-                f"{asked.param}: text and question have {query.num_tokens} tokens, the context is "
-                f"{self._max_model_len}",
-                asked.param,
-            )
+            raise self._too_long(asked.param, query.num_tokens)
         return query
+
+    def _too_long(self, param: str, num_tokens: int) -> ContextTooLong:
+        return ContextTooLong(
+            f"{param}: the prompt has {num_tokens} tokens, the context is {self._max_model_len}", param
+        )
 
     def _encode(self, text: str, adds_special: bool, param: str) -> list[int]:
         # No token is longer than the longest: what cannot fit is refused before it is tokenised.

@@ -62,12 +62,12 @@ class Question:
 
     def _yes_no_text(self, labels: Sequence[str]) -> str:
         lines = [f"{label}: {option.text}" for label, option in zip(labels, self.options, strict=True) if option.text]
-        return "\n".join([self.instructions, *lines, "Answer Yes or No, and nothing else."])
+        return "\n".join([self.instructions, *lines, "Answer Yes or No."])
 
 
 def yes_no(instructions: str, yes: str = "", no: str = "") -> Question:
     """Ask whether something is true; `yes` and `no` say what these mean."""
-    asked = f"Is this true of the text above? {instructions}" if instructions else "What is true of the text above?"
+    asked = f"Question: {instructions}" if instructions else "Question: What is true of the text above?"
     return Question(Labels.YES_NO, asked, (Option("", yes), Option("", no)))
 
 
@@ -83,7 +83,7 @@ def score(instructions: str, levels: Sequence[Option]) -> Question:
 
 def relevance(document: str) -> Question:
     """Ask whether a document fits the query that is the text."""
-    asked = f"Document: {document}\n\nIs this document a good answer to the query above?"
+    asked = f"Document: {document}\n\nQuestion: Is this document a good answer to the query above?"
     return Question(Labels.YES_NO, asked, (Option(""), Option("")))
 
 

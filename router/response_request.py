@@ -93,10 +93,9 @@ class TextFormat(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TextConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """`text` of a request; `verbosity` has no effect."""
+    """`text` of a request."""
 
     format: TextFormat | None = None
-    verbosity: Annotated[str, Meta(max_length=64)] | None = None
 
 
 class ResponsesRequest(GenerationFields, frozen=True, kw_only=True):
@@ -160,6 +159,8 @@ class ResponsesRequest(GenerationFields, frozen=True, kw_only=True):
             raise InvalidRequest("max_tokens: /v1/responses takes max_output_tokens", "max_tokens")
         if self.n not in (None, 1):
             raise InvalidRequest("n: /v1/responses gives one answer", "n")
+        if self.return_token_ids:
+            raise InvalidRequest("return_token_ids: a response has no place for them", "return_token_ids")
         for asked in self.include or ():
             if asked != LOGPROBS and asked not in _EMPTY_INCLUDES:
                 raise InvalidRequest(f"include: {asked!r} is not supported", "include")

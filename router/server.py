@@ -30,6 +30,7 @@ from router.api import ChatRequest, CompletionRequest, DetokenizeRequest, Tokeni
 from router.config import RouterConfig
 from router.core import Core
 from router.doorway import TENANT, Origins, keys_needed
+from router.embeddings import EmbeddingRoutes
 from router.endpoints import ENDPOINTS, document
 from router.event_stream import EventStream
 from router.intake import Job
@@ -90,6 +91,7 @@ class HttpServer:
         post("/v1/completions", self._complete)
         post("/v1/responses", self._respond)
         ReadoutRoutes(self._core, self._config.served_model_names[0], self._read, self._salt).add_to(app)
+        EmbeddingRoutes(self._core, self._read, self._salt).add_to(app)
         post("/tokenize", self._tokenize)
         post("/detokenize", self._detokenize)
         get("/v1/models", self._models)
@@ -176,6 +178,9 @@ class HttpServer:
             raise InvalidRequest("X-Resume-For: only streams with one choice can be resumed", "X-Resume-For")
         if claim is not None and (job.is_prompt_only or job.num_prompt_top is not None):
             raise InvalidRequest("X-Resume-For: streams that tell about their prompt cannot be resumed", "X-Resume-For")
+        if claim is not None and (job.tools is not None or job.response is not None):
+            # One token may be several events there, and who has some of them could not say so.
+            raise InvalidRequest("X-Resume-For: only streams of plain text can be resumed", "X-Resume-For")
         salt = self._salt(request, job.cache_salt)
         return job if salt == job.cache_salt else replace(job, cache_salt=salt)
 
@@ -326,6 +331,7 @@ def census(switchboard: Switchboard) -> dict[str, Any]:
         "workers": workers,
         "requests": requests,
         "missing": switchboard.registry.missing(),
+        "num_tasks": len(asyncio.all_tasks()),
     }
 
 

@@ -88,7 +88,9 @@ class AnswerShape:
     def usage(self) -> Usage:
         """Tokens so far; a prompt counts once, however many choices it has."""
         num_prompt_tokens = sum(len(prompt.token_ids) for prompt in self._job.prompts)
-        return usage_of(num_prompt_tokens, self.num_output_tokens, self.num_cached_tokens)
+        # What generation finds cached of a prompt that was read, this very request has computed.
+        num_cached_tokens = self.num_cached_tokens if self._read is None else 0
+        return usage_of(num_prompt_tokens, self.num_output_tokens, num_cached_tokens)
 
     def chunk(self, index: int, piece: Piece) -> bytes:
         """Return the event for a piece of a choice; empty while there is no text to show for it."""

@@ -19,7 +19,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from protocol.channel import Channel
+from protocol.channel import Conversation
 from protocol.errors import NotReady, Overloaded, RequestFailed
 from protocol.timeline import Timeline
 from protocol.wire import (
@@ -97,6 +97,11 @@ class Session:
         self._has_events = asyncio.Event()
         self._sink: Sink | None = None
         self._seen_prompts: set[int] = set()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing will be read of it any more."""
+        return self.num_unfinished == 0 and not self._events
 
     async def events(self, sink: Sink | None = None) -> list[tuple[int, Piece]]:
         """Return what has happened since the last call, at least one event; empty when every choice is finished.
@@ -197,7 +202,7 @@ class Switchboard:
         )
         self._todo: deque[Instruction] = deque()
         self._is_running = False
-        self._channels: dict[WorkerKey, Channel] = {}
+        self._channels: dict[WorkerKey, Conversation] = {}
         self.has_started = asyncio.Event()
         self.idle = asyncio.Event()
         self.idle.set()
@@ -289,7 +294,7 @@ class Switchboard:
 
     # --- for workers ---
 
-    def register(self, registration: Register, channel: Channel) -> Worker | Refusal:
+    def register(self, registration: Register, channel: Conversation) -> Worker | Refusal:
         """Take a worker in, or say why not."""
         now_s = self._clock()
         key = WorkerKey(registration.worker_id, registration.instance)
@@ -355,7 +360,7 @@ class Switchboard:
         if worker.role is Role.PREFILL:
             self._announce_members()
 
-    def owns(self, key: WorkerKey, channel: Channel) -> bool:
+    def owns(self, key: WorkerKey, channel: Conversation) -> bool:
         """Whether this connection is the present one of that instance."""
         return self._channels.get(key) is channel
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from protocol.errors import InvalidRequest
-from protocol.vocabulary import byte_form, load_vocabulary
+from protocol.vocabulary import byte_form, from_word_piece, load_vocabulary
 from router.chat_template import ChatTemplate
 
 
@@ -77,6 +77,10 @@ class Tokenizer:
 
     def decode(self, token_ids: Iterable[int], skip_special: bool = True) -> str:
         """Return the text of token ids; bytes that are no UTF-8 become U+FFFD."""
+        if self._to_bytes is from_word_piece:
+            # Where its words stand apart is for the whole text to say.
+            whole: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special)
+            return whole
         return b"".join(self.token_bytes(i, skip_special) for i in token_ids).decode("utf-8", "replace")
 
     def stream_decoder(self, skip_special: bool = True) -> StreamDecoder:

@@ -12,7 +12,7 @@ import pytest
 from baton.options import BY_KEY
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "examples" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def test_the_configuration_page_is_up_to_date() -> None:
@@ -20,14 +20,14 @@ def test_the_configuration_page_is_up_to_date() -> None:
     assert done.returncode == 0, "run: python scripts/configuration_doc.py"
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_every_option_a_document_names_exists(path: Path) -> None:
     commands = re.findall(r"^.*\bbaton (?:serve|router|prefill|decode)\b.*$", path.read_text(), re.MULTILINE)
     named = {name for line in commands for name in re.findall(r"(?<!\S)--([a-z-]+)", line)} - {"help", "config"}
     assert {name for name in named if name.replace("-", "_") not in BY_KEY} == set()
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_every_link_of_a_document_leads_to_a_file(path: Path) -> None:
     targets = re.findall(r"\]\((?!https?:|#)([^)#]+)", path.read_text())
     assert [target for target in targets if not (path.parent / target).exists()] == []

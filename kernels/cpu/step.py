@@ -14,6 +14,7 @@ from torch import Tensor
 from kernels.cpu import abi
 from kernels.cpu.matrix import PackedMatrix
 from kernels.cpu.native import NativeKernels, check, kv_struct
+from kernels.cpu.packed import FloatRows, pack
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,16 +88,10 @@ class NativeStep:
         # Threads and working memory of the kernels serve one call at a time.
         self._turn = threading.Lock()
         layers = (abi.Layer * len(model.layers))(*(self._layer(layer) for layer in model.layers))
-        self._struct = abi.Model(
-            layers,
-            *(self._vector(vector) for vector in (model.final_norm, model.cos, model.sin)),
-            model.embedding.struct(),
-            model.lm_head.struct(),
-            *(len(model.layers), model.embedding.cols, model.layers[0].down.cols),
-            *(model.num_heads, model.num_kv_heads, model.head_dim, model.lm_head.rows, model.cos.shape[0]),
-            model.eps,
-            model.head_dim**-0.5,
-        )
+        self._layers = layers
+        self._final = [self._vector(vector) for vector in (model.final_norm, model.cos, model.sin)]
+        self._struct = self._model_struct(model.lm_head)
+        self._identity: PackedMatrix | None = None
 
     def forward(
         self,
@@ -112,6 +107,16 @@ class NativeStep:
         `on_layer` raises is raised again at the end. Raises ValueError before anything is written where the batch
         does not fit the cache, the vocabulary or the rotary tables.
         """
+        return self._run(self._struct, batch, kv_cache, on_layer, stops)
+
+    def _run(
+        self,
+        model: abi.Model,
+        batch: StepInput,
+        kv_cache: Tensor,
+        on_layer: Callable[[int], None] | None,
+        stops: Collection[int] | None,
+    ) -> Tensor:
         tensors = [getattr(batch, field.name) for field in fields(batch)]
         for tensor in tensors:
             assert tensor.is_contiguous() and tensor.device.type == "cpu"
@@ -126,12 +131,38 @@ class NativeStep:
             marks.ctypes.data,
         )
         cache = kv_struct(kv_cache)
-        references = (ctypes.byref(struct) for struct in (self._struct, arguments, cache))
+        references = (ctypes.byref(struct) for struct in (model, arguments, cache))
         with self._turn:
             check(self._kernels.library.functions.baton_forward(self._kernels.handle, *references))
         if call.error is not None:
             raise call.error
         return logits
+
+    def forward_states(self, batch: StepInput, kv_cache: Tensor) -> Tensor:
+        """Write the batch's KV and return the last hidden states, normed, `[R, hidden_size]` float32.
+
+        They are what the step projects to the vocabulary, projected by the identity instead: every sum has one term
+        that is not zero. The rows of a step's result lie a vocabulary apart, so the result is a view of a larger
+        tensor that is never touched elsewhere. Raises as `forward` does.
+        """
+        if self._identity is None:
+            rows = np.eye(self._model.embedding.cols, dtype=np.float32)
+            self._identity = pack(self._kernels.library, [FloatRows(rows)], "f32")
+        out = self._run(self._model_struct(self._identity), batch, kv_cache, None, None)
+        return out[:, : self._identity.rows]
+
+    def _model_struct(self, head: PackedMatrix) -> abi.Model:
+        model = self._model
+        return abi.Model(
+            self._layers,
+            *self._final,
+            model.embedding.struct(),
+            head.struct(),
+            *(len(model.layers), model.embedding.cols, model.layers[0].down.cols),
+            *(model.num_heads, model.num_kv_heads, model.head_dim, model.lm_head.rows, model.cos.shape[0]),
+            model.eps,
+            model.head_dim**-0.5,
+        )
 
     def _vector(self, x: Tensor | None) -> int | None:
         if x is None:

@@ -23,7 +23,8 @@ from engine.placement import sequence_of
 from engine.runner import BatchRunner, DeviceRunner, Runner
 from model.torch_decoder import TorchDecoder
 from prefill.scheduler import PrefillJob, PrefillScheduler
-from prefill.stepper import AbortJob, FirstTokenReady, PrefillStepper, Submit, layer_groups
+from prefill.stepper import AbortJob, FirstTokenReady, PrefillStepper, ReadingsReady, Submit, layer_groups
+from protocol.readout import ReadLabels
 from protocol.request import FinishReason, SamplingParams, TokenRow
 from protocol.wire import Prefill, Reserve
 from tests.engine.late_queue import LateQueue
@@ -188,6 +189,7 @@ class OnePoolPair:
         self.requests: dict[int, Request] = {}
         self.waiting: deque[int] = deque()
         self.num_declined = self.num_gave_way = self.num_between = 0
+        self.read: dict[int, tuple[float, ...]] = {}
         self._by_transfer: dict[int, Request] = {}
         self._transfer_ids = itertools.count(1)
 
@@ -230,6 +232,18 @@ class OnePoolPair:
             if needs_decode and not decode_first:
                 self.prefill.step()
                 self.decode.handle(ReserveBlocks(sequence_of(reserve, self.model), "p"))
+
+    def ask(self, prompt: list[int], token_ids: tuple[int, ...]) -> int:
+        """Submit a readout of labels; they come into `read` under the number that is returned."""
+        transfer_id = next(self._transfer_ids)
+        message = Prefill(
+            request_id=transfer_id, transfer_id=transfer_id, epoch=0, deadline_s=1.0, decode_worker_id=None,
+            prompt=tuple(prompt), sampling=SamplingParams(seed=0, max_tokens=1),
+            readout=ReadLabels(token_ids=token_ids),
+        )  # fmt: skip
+        now_s = time.monotonic()
+        self.prefill.handle(Submit(PrefillJob(sequence_of(message, self.model), None, now_s, now_s + 1)))
+        return transfer_id
 
     def place_waiting(self) -> None:
         """Place what waits, in order, until one is refused."""
@@ -280,6 +294,10 @@ class OnePoolPair:
         self.decode.step()
 
     def _from_prefill(self, emission: object) -> None:
+        if isinstance(emission, ReadingsReady):
+            assert emission.transfer_id not in self.read, "read once"
+            self.read[emission.transfer_id] = emission.labels
+            return
         assert isinstance(emission, FirstTokenReady), "nothing is sent"
         request = self._by_transfer.get(emission.transfer_id)
         if request is None:

@@ -287,3 +287,23 @@ def test_blocks_of_an_aborted_prompt_stay_leased_while_a_step_writes_them(device
     pair.abort(1)
     assert pair.pool.counts().leased == leased == 8
     pair.run()
+
+
+def test_readouts_take_their_blocks_from_the_common_pool_and_give_them_back(
+    way: tuple[LoadedModel, OpenRunners],
+) -> None:
+    cases = {number: (prompt_of(number, 30), params(number, max_tokens=20)) for number in range(6)}
+    state = prompt_of(40, 48)
+    alone, pair = _pair(way), _pair(way, num_blocks=34, watermark_blocks=1)
+    expected = {i: alone.ask([*state, 5 + i], (9, 10)) for i in range(12)}
+    alone.run()
+    asked: dict[int, int] = {}
+    for number, case in cases.items():
+        pair.submit(number, *case)
+        asked |= {i: pair.ask([*state, 5 + i], (9, 10)) for i in (2 * number, 2 * number + 1)}
+        pair.turn()
+    pair.run()
+    assert pair.tokens() == _two_pools(way[0], cases)
+    assert len(pair.read) == len(asked) == 12
+    for i, transfer_id in asked.items():
+        assert pair.read[transfer_id] == pytest.approx(alone.read[expected[i]], abs=1e-5)

@@ -1,5 +1,6 @@
-"""The big version: `python -m tests.faults [COMMAND] ...`; without a command, single trials (`make faults`).
+"""The big version: `python -m tests.faults [COMMAND] ...`; without a command, single trials.
 
+    all          every campaign below, scaled by --trials, one after the other (`make faults TRIALS=1000`)
     trials       one fault each, with a server in peace before and after
     rounds       many faults in little time under a closed loop: kills and stops of workers
     phases       prefill workers killed in compute, mid-transfer, after COMMIT
@@ -9,7 +10,8 @@
     overload     five times the load that the server can carry
     soak         short requests, random faults, and what the processes' memory does
 
-Each starts one server, prints what it sees, writes it with --json, and ends with exit code 1 if anything was wrong.
+Each prints how to run it again, starts one server, prints what it sees, writes it with --json, and ends with exit code
+1 if anything was wrong. `everything.py` says what `all` runs.
 """
 
 from __future__ import annotations
@@ -17,10 +19,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,11 +31,11 @@ from typing import Any
 import aiohttp
 
 from tests.e2e.server import Server, serving
-from tests.faults import bits, campaign, disconnects, overload, rolling, soak, trials
+from tests.faults import bits, campaign, disconnects, everything, overload, rolling, soak, trials
 from tests.faults.ledger import Ledger, Request
 from tests.faults.load import Oracles, bound, draw_pool, percentile
 from tests.faults.mutated import mutations
-from tests.faults.phases import Cluster, PhaseKills
+from tests.faults.phases import PHASES, Cluster, PhaseKills
 
 Result = tuple[Any, str, bool]
 """What is written as JSON, what is printed, whether anything was wrong."""
@@ -94,7 +97,8 @@ class Run:
 
     async def phases(self) -> Result:
         """Prefill workers killed in known phases."""
-        report = await PhaseKills(self.cluster, self.ledger, self.args.seed).run(self.args.trials, tell)
+        kills = PhaseKills(self.cluster, self.ledger, self.args.seed)
+        report = await kills.run(self.args.trials, tell, self.args.first, self.args.aims)
         hits = ", ".join(f"{num} {phase}" for phase, num in report.hits.items())
         waits = ", ".join(f"{phase} {percentile(t, 0.99):.2f} s" for phase, t in report.ttfts_s.items())
         text = (
@@ -135,12 +139,12 @@ class Run:
         if self.args.json is not None:
             self.args.json.write_text(json.dumps(value, indent=1) + "\n")
 
-    async def finish(self, command: Callable[[], Awaitable[Result]]) -> int:
-        """Run a command, print and write what it showed; return the exit code."""
+    async def finish(self, command: Callable[[], Awaitable[Result]]) -> tuple[str, bool]:
+        """Run a command, print and write what it showed; return that in words, and whether anything was wrong."""
         value, text, is_wrong = await command()
         self._write(value)
         tell(text)
-        return 1 if is_wrong else 0
+        return text, is_wrong
 
 
 def parser() -> argparse.ArgumentParser:
@@ -178,7 +182,10 @@ def parser() -> argparse.ArgumentParser:
     choices = commands.choices
     choices["trials"].add_argument("--trials", type=int, default=20, help="of each kind (20)")
     choices["trials"].add_argument("--kinds", nargs="+", choices=trials.KINDS, default=list(trials.KINDS))
-    choices["phases"].add_argument("--trials", type=int, default=20, help="hits in each phase (20)")
+    phases = choices["phases"]
+    phases.add_argument("--trials", type=int, default=20, help="hits in each phase (20)")
+    phases.add_argument("--first", type=int, default=0, help="number of the first trial, to run one again (0)")
+    phases.add_argument("--aims", nargs="+", choices=PHASES, default=list(PHASES), help="phases to hit (all)")
     rounds = choices["rounds"]
     rounds.add_argument("--rounds", type=int, default=2, help="of each kind (2)")
     rounds.add_argument("--faults", type=int, default=10, help="of each round (10)")
@@ -187,10 +194,11 @@ def parser() -> argparse.ArgumentParser:
     choices["overload"].add_argument("--seconds", type=float, default=120.0, help="of overload (120)")
     for name, number in (("disconnects", 1000), ("rolling", 200), ("bits", 1000), ("soak", 1000)):
         choices[name].add_argument("number", nargs="?", type=int, default=number, help=f"requests ({number})")
+    everything.add_arguments(commands.add_parser("all", help="every campaign, scaled by --trials"))
     return top
 
 
-async def _run(args: argparse.Namespace, server: Server) -> int:
+async def _run(args: argparse.Namespace, server: Server) -> tuple[str, bool]:
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector, timeout=SESSION_BUDGET) as http:
         run = Run(args, server, http)
@@ -208,12 +216,12 @@ def _ask_sound(args: argparse.Namespace) -> dict[Request, list[int]]:
         return asyncio.run(ask(server))
 
 
-def main() -> int:
-    """Run the command; return its exit code."""
-    words = sys.argv[1:]
-    if not words or words[0] not in (*COMMANDS, "-h", "--help"):
-        words = ["trials", *words]
+def perform(words: Sequence[str]) -> tuple[str, bool]:
+    """Run one campaign, given by its command line, on a server of its own; return its summary and if it was wrong."""
     args = parser().parse_args(words)
+    # A seed that is not given is one all the same.
+    seeded = [*words] if "--seed" in words else [words[0], f"--seed={args.seed}", *words[1:]]
+    tell(f"again by: python -m tests.faults {shlex.join(seeded)}")
     more = [f"--{option}" for option in args.serve]
     if args.command == "overload" and not any(option.startswith("max-wait-s") for option in args.serve):
         more.append(f"--max-wait-s={overload.MAX_WAIT_S}")
@@ -224,10 +232,19 @@ def main() -> int:
         log = args.log or Path(folder)
         log.mkdir(parents=True, exist_ok=True)
         names = {"phases": ["late-landed"], "bits": ["flip-bits"]}.get(args.command, [])
-        sound = _ask_sound(args) if args.command == "bits" else {}
-        with mutations(*names), serving("smollm2", log, args.cache_dir, *options) as server:
-            args.sound = sound
+        args.sound = _ask_sound(args) if args.command == "bits" else {}
+        with mutations(*names, seed=args.seed), serving("smollm2", log, args.cache_dir, *options) as server:
             return asyncio.run(_run(args, server))
+
+
+def main() -> int:
+    """Run the command; return its exit code."""
+    words = sys.argv[1:]
+    if not words or words[0] not in (*COMMANDS, "all", "-h", "--help"):
+        words = ["trials", *words]
+    if words[0] == "all":
+        return everything.run(parser().parse_args(words), perform, tell)
+    return 1 if perform(words)[1] else 0
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def draw(seed: int, num_flips: int) -> list[Request]:
     dice = random.Random(f"bits {seed}")
     return [
         Request(long_prompt(dice, dice.randint(20, 120)), 4, dice.choice([0.0, 0.8]), dice.randrange(1 << 30))
-        for _ in range(num_flips * 2 // 3)
+        for _ in range(num_flips)
     ]
 
 

@@ -23,14 +23,15 @@ from tests.faults.load import ClosedLoop, bound, percentile
 from tests.faults.phases import Cluster, within
 
 KILL_KINDS = ("decode-kill", "prefill-kill", "both-kill", "replacement-kill")
-STOP_KINDS = ("decode-stop", "prefill-stop")
+STOP_KINDS = ("decode-stop", "prefill-stop", "decode-doze")
 ROUND_KINDS = KILL_KINDS + STOP_KINDS
 _MAY_FAIL = frozenset({"both-kill", "replacement-kill"})
 BUSY_BUDGET_S = 90.0
 MOVE_BUDGET_S = 5.0
 MAX_REPLACEMENTS = 3
 GAP_WINDOW_S = 1.0
-STOPPED_S = (0.3, 6.0)
+# A doze ends about when its lease does (`--lease-ttl-s`, 3 s): each side may believe what the other does not.
+STOPPED_S = {"stop": (0.3, 6.0), "doze": (2.4, 3.2)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +79,17 @@ class _Hit:
 
 
 class Striker:
-    """Picks moments and victims in a running closed loop, and remembers what was hit."""
+    """Picks moments and victims in a running closed loop, and remembers what was hit.
 
-    def __init__(self, cluster: Cluster, loop: ClosedLoop, dice: random.Random) -> None:
+    Args:
+        spared: names of workers that are never a victim.
+    """
+
+    def __init__(
+        self, cluster: Cluster, loop: ClosedLoop, dice: random.Random, spared: frozenset[str] = frozenset()
+    ) -> None:
         self.hits: list[_Hit] = []
+        self._spared = spared
         self._cluster = cluster
         self._loop = loop
         self._dice = dice
@@ -102,8 +110,12 @@ class Striker:
             elif role == "both":
                 for each in ("decode", "prefill"):
                     await self._one(each, signal.SIGKILL, num_left=0)
+            elif what == "kill":
+                await self._one(role, signal.SIGKILL, num_left=1)
             else:
-                await self._one(role, signal.SIGKILL if what == "kill" else signal.SIGSTOP, num_left=1)
+                worker = await self._one(role, signal.SIGSTOP, num_left=1)
+                after_s = self._dice.uniform(*STOPPED_S[what])
+                self._resumptions.add(asyncio.create_task(self._go_on(worker, after_s)))
 
     async def settle(self) -> None:
         """Wait until every stopped worker was told to go on."""
@@ -145,7 +157,8 @@ class Striker:
         """Signal a worker of a role that holds a stream, or any for prefill, leaving at least `num_left` others."""
         while True:
             held = await self._cluster.placements(role)
-            busy = [(worker, num) for worker, num in held if num] or (held if role == "prefill" else [])
+            fair = [(worker, num) for worker, num in held if worker["worker_id"] not in self._spared]
+            busy = [(worker, num) for worker, num in fair if num] or (fair if role == "prefill" else [])
             if len(held) > num_left and busy:
                 break
             await asyncio.sleep(0.02)
@@ -155,7 +168,6 @@ class Striker:
             self._cluster.kill(worker)
         else:
             self._cluster.send(worker, number)
-            self._resumptions.add(asyncio.create_task(self._go_on(worker, self._dice.uniform(*STOPPED_S))))
         return worker
 
     async def _go_on(self, worker: dict[str, Any], after_s: float) -> None:
@@ -177,7 +189,10 @@ class Striker:
             if not await within(MOVE_BUDGET_S, has_moved):
                 return
             await asyncio.sleep(self._dice.uniform(0.0, 0.2))
-            worker, num = self._dice.choice(moved)
+            fair = [(w, num) for w, num in moved if w["worker_id"] not in self._spared]
+            if not fair:
+                return
+            worker, num = self._dice.choice(fair)
             self.hits.append(_Hit(time.monotonic(), "decode", num))
             self._cluster.kill(worker)
 

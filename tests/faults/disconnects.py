@@ -5,25 +5,23 @@
 
 1. Some forty clients at once, arriving without waiting for each other. Phase, prompt and moment follow from the seed.
 2. Half of them drop their connection with a reset, half with an ordinary close.
-3. Two seconds after the last: every worker's own census. Memory and descriptors of all processes before and after; the
-   first part warms up caches and is not counted.
+3. Two seconds after the last: every worker's own census. Nobody dies here, so no process's memory, descriptors, threads
+   or tasks may grow; the first part warms up caches and is not counted.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
 import random
 import socket
 import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import aiohttp
 
+from tests.faults.footprints import Watch
 from tests.faults.ledger import Ledger, Record, Request
 from tests.faults.load import bound, long_prompt, percentile
 from tests.faults.phases import Cluster, is_at_rest
@@ -33,39 +31,8 @@ PHASES = (QUEUED, PREFILL, TRANSFER, DECODE)
 NUM_AT_ONCE = 40
 WARM_SHARE = 0.2
 REST_BUDGET_S = 2.0
-MAX_DESCRIPTOR_GROWTH = 8
+LASTING = ("router", "supervisor")
 _ABORT = struct.pack("ii", 1, 0)
-
-
-@dataclass(frozen=True, slots=True)
-class Footprint:
-    """What a process takes."""
-
-    rss_bytes: int
-    num_descriptors: int
-    num_threads: int
-
-
-def footprint(pid: int) -> Footprint | None:
-    """Return what a process takes now, or None if it is gone."""
-    try:
-        fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-        num_descriptors = len(os.listdir(f"/proc/{pid}/fd"))
-    except OSError:
-        return None
-    if "VmRSS" not in fields:
-        return None
-    return Footprint(int(fields["VmRSS"].split()[0]) << 10, num_descriptors, int(fields["Threads"]))
-
-
-async def process_ids(cluster: Cluster) -> dict[str, int]:
-    """Return the pids of a whole cluster by name: the supervisor, the router and every worker."""
-    found = {str(worker["worker_id"]): int(worker["pid"]) for worker in await cluster.workers()}
-    found["supervisor"] = cluster.server.process.pid
-    # A process may vanish while /proc is read.
-    with contextlib.suppress(OSError):
-        found.update((role, pid) for role, pid in cluster.server.children().items() if role == "router")
-    return found
 
 
 @dataclass(slots=True)
@@ -75,15 +42,14 @@ class DisconnectReport:
     Attributes:
         num_left: clients that left, by the phase that they saw themselves in.
         num_finished: those whose answer was over before they could leave; `num_refused` were answered with an error.
-        before, after: footprints of each process, once warm and at the end.
+        watch: what the processes took.
         rest_s: how long after the last disconnect nothing was held.
     """
 
     num_left: dict[str, int] = field(default_factory=dict)
     num_finished: int = 0
     num_refused: int = 0
-    before: dict[str, Footprint] = field(default_factory=dict)
-    after: dict[str, Footprint] = field(default_factory=dict)
+    watch: Watch = field(default_factory=Watch)
     rest_s: float | None = None
     took_s: float = 0.0
     faults: list[str] = field(default_factory=list)
@@ -91,18 +57,12 @@ class DisconnectReport:
     def summary(self) -> str:
         """Say it in a paragraph."""
         num_left = sum(self.num_left.values())
-        grown = ", ".join(
-            f"{name} {(self.after[name].rss_bytes - one.rss_bytes) / 2**20:+.1f} MiB "
-            f"{self.after[name].num_descriptors - one.num_descriptors:+d} fds"
-            for name, one in self.before.items()
-            if name in self.after
-        )
         rest = "never" if self.rest_s is None else f"{self.rest_s:.2f} s after the last"
         phases = ", ".join(f"{num} {phase}" for phase, num in self.num_left.items())
         return (
             f"disconnects: {num_left} clients left ({phases}), {self.num_finished} were answered before, "
-            f"{self.num_refused} refused; at rest {rest}; wrong: {bound(len(self.faults), num_left)}; since warm: "
-            f"{grown}; {self.took_s:.0f} s"
+            f"{self.num_refused} refused; at rest {rest}; wrong: {bound(len(self.faults), num_left)}; "
+            f"{self.watch.summary()}; {self.took_s:.0f} s"
         )
 
 
@@ -115,6 +75,7 @@ class Storm:
         self._seed = seed
         self._report = report
         self._ttfts_s = [0.5]
+        self.num_over = 0
 
     async def run(self, begin: int, end: int) -> None:
         """Send the clients of these numbers, some forty at once."""
@@ -153,6 +114,7 @@ class Storm:
         await asyncio.sleep(wish * 0.003)
 
     def _count(self, record: Record) -> None:
+        self.num_over += 1
         if record.ttft_s is not None:
             self._ttfts_s = [*self._ttfts_s[-63:], record.ttft_s]
         if record.is_done:
@@ -180,11 +142,12 @@ async def run(
     """Send `num_clients` clients that leave, then look at what is held."""
     begin_s, report = time.monotonic(), DisconnectReport()
     report.faults += await cluster.aftermath()
-    storm, num_warm = Storm(ledger, cluster.server.url, seed, report), int(WARM_SHARE * num_clients)
-    await storm.run(0, num_warm)
-    report.before = await _footprints(cluster)
-    tell(f"{num_warm} clients to warm up, {time.monotonic() - begin_s:.0f} s")
-    await storm.run(num_warm, num_clients)
+    storm = Storm(ledger, cluster.server.url, seed, report)
+    watching = asyncio.create_task(report.watch.run(cluster, lambda: storm.num_over))
+    num_warm = int(WARM_SHARE * num_clients)
+    for begin, end in ((0, num_warm), (num_warm, num_clients)):
+        await storm.run(begin, end)
+        tell(f"{end} clients have left, {time.monotonic() - begin_s:.0f} s")
     last_s = time.monotonic()
     while not await _is_at_rest(cluster):
         if time.monotonic() - last_s > REST_BUDGET_S:
@@ -194,11 +157,13 @@ async def run(
         await asyncio.sleep(0.02)
     else:
         report.rest_s = time.monotonic() - last_s
-    report.after = await _footprints(cluster)
-    for name, one in report.before.items():
-        grown = report.after[name].num_descriptors - one.num_descriptors if name in report.after else 0
-        if grown > MAX_DESCRIPTOR_GROWTH:
-            report.faults.append(f"{name} has {grown} descriptors more than before")
+    watching.cancel()
+    (ended,) = await asyncio.gather(watching, return_exceptions=True)
+    if not isinstance(ended, asyncio.CancelledError):
+        report.faults.append(f"the watch stopped: {ended!r}")
+    names = [str(worker["worker_id"]) for worker in await cluster.workers()]
+    report.watch.weigh(storm.num_over, (*LASTING, *names), WARM_SHARE)
+    report.faults += report.watch.faults
     report.took_s = time.monotonic() - begin_s
     return report
 
@@ -206,8 +171,3 @@ async def run(
 async def _is_at_rest(cluster: Cluster) -> bool:
     workers = await cluster.workers()
     return bool(workers) and all([is_at_rest(await cluster.own_census(worker)) for worker in workers])
-
-
-async def _footprints(cluster: Cluster) -> dict[str, Footprint]:
-    found = {name: footprint(pid) for name, pid in (await process_ids(cluster)).items()}
-    return {name: one for name, one in found.items() if one is not None}

@@ -23,12 +23,17 @@ REQUEST_BUDGET_S = 120.0
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One request of a trial; everything random about it comes from its seed."""
+    """One request of a trial; everything random about it comes from its seed.
+
+    Attributes:
+        regex: what its output must obey, which must have no end; empty for anything.
+    """
 
     prompt: str
     max_tokens: int
     temperature: float
     seed: int
+    regex: str = ""
 
     def body(self) -> dict[str, Any]:
         """Return it as OpenAI's completions take it."""
@@ -39,6 +44,7 @@ class Request:
             seed=self.seed,
             ignore_eos=True,
             stream=True,
+            **({"structured_outputs": {"regex": self.regex}} if self.regex else {}),
         )
 
 

@@ -21,7 +21,7 @@ import re
 import signal
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,13 +55,13 @@ class Cluster:
         self._http = http
         self._admin: dict[str, str] = {}
         self._log_bytes = 0
-        self._killed: set[int] = set()
+        self._killed: set[tuple[int, int]] = set()
 
     async def workers(self, role: str | None = None) -> list[dict[str, Any]]:
         """Return the router's census of the workers that it knows, without those killed from here."""
         async with self._http.get(f"{self.server.url}/census") as response:
             found: list[dict[str, Any]] = (await response.json())["workers"]
-        return [w for w in found if w["pid"] not in self._killed and role in (None, w["role"])]
+        return [w for w in found if (w["pid"], w["instance"]) not in self._killed and role in (None, w["role"])]
 
     async def own_census(self, worker: dict[str, Any]) -> dict[str, Any] | None:
         """Return a worker's own census as of now, or None if it does not answer."""
@@ -82,9 +82,19 @@ class Cluster:
         found = await asyncio.gather(*(self.own_census(worker) for worker in workers))
         return [(w, census["num_placements"]) for w, census in zip(workers, found, strict=True) if census is not None]
 
+    async def num_tasks(self) -> dict[str, int]:
+        """Return the asyncio tasks of the router and of each worker by name, of those whose census tells them."""
+        async with self._http.get(f"{self.server.url}/census") as response:
+            found = {"router": await response.json()}
+        workers = await self.workers()
+        own = await asyncio.gather(*(self.own_census(worker) for worker in workers))
+        found |= {worker["worker_id"]: census or {} for worker, census in zip(workers, own, strict=True)}
+        return {name: int(census["num_tasks"]) for name, census in found.items() if "num_tasks" in census}
+
     def kill(self, worker: dict[str, Any]) -> None:
         """SIGKILL a worker."""
-        self._killed.add(worker["pid"])
+        # By instance too: the kernel gives the number of a dead process away again.
+        self._killed.add((worker["pid"], worker["instance"]))
         self.send(worker, signal.SIGKILL)
 
     def send(self, worker: dict[str, Any], number: signal.Signals) -> None:
@@ -192,22 +202,25 @@ class PhaseKills:
         self._block_bytes = 0.0
         self._companions: dict[Request, list[int]] = {}
 
-    async def run(self, num_hits: int, tell: Callable[[str], None]) -> PhaseReport:
-        """Kill until each phase was hit so often; each trial follows from (seed, its number)."""
+    async def run(
+        self, num_hits: int, tell: Callable[[str], None], first: int = 0, aims: Sequence[str] = PHASES
+    ) -> PhaseReport:
+        """Kill until each phase of `aims` was hit so often; each trial follows from (seed, its number, its aim)."""
         await self._measure()
-        limit = ATTEMPTS_PER_HIT * num_hits * len(PHASES)
-        for number in range(limit):
-            open_phases = [phase for phase in PHASES if self.report.hits[phase] < num_hits]
+        limit = ATTEMPTS_PER_HIT * num_hits * len(aims)
+        for number in range(first, first + limit):
+            open_phases = [phase for phase in aims if self.report.hits[phase] < num_hits]
             if not open_phases:
                 break
             begin_s = time.monotonic()
             aimed = open_phases[number % len(open_phases)]
             hit, faults = await self._trial(aimed, random.Random(f"phases {self._seed} {number}"))
             name = f"trial {number} of seed {self._seed}, aimed {aimed}, hit {hit or 'nothing'}"
-            self.report.faults += [f"{name}: {fault}" for fault in faults]
+            again = f"again by: phases --seed {self._seed} --first {number} --aims {aimed} --trials 1"
+            self.report.faults += [f"{name}: {fault} ({again})" for fault in faults]
             tell(f"{name}, {time.monotonic() - begin_s:.1f} s: {'; '.join(faults) or 'fine'}")
         self.report.faults += await self._cluster.aftermath()
-        for phase in PHASES:
+        for phase in aims:
             if self.report.hits[phase] < num_hits:
                 self.report.faults.append(f"{phase}: hit {self.report.hits[phase]} of {num_hits} in {limit} attempts")
         return self.report

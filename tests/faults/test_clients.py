@@ -8,20 +8,18 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
 
 from tests.e2e.client import completion, session, stream
-from tests.e2e.server import Server, serving, wait_until
+from tests.e2e.server import Server, wait_until
+from tests.faults.conftest import CLIENT_STALL_S
 
 pytestmark = [pytest.mark.e2e, pytest.mark.model, pytest.mark.ucx, pytest.mark.slow]
 
-CLIENT_STALL_S = 4.0
 QUIET_BUDGET_S = 5.0
 READ_BUDGET_S = 60.0
 RESTART_BUDGET_S = 30.0
@@ -37,11 +35,11 @@ SAMPLED: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("clients")
-    with serving("smollm2", folder, cache_dir, "--client-stall-s", str(CLIENT_STALL_S)) as running:
-        yield running
+@pytest.fixture
+def server(one_pair: Server) -> Server:
+    """The shared pair of workers, whole and quiet."""
+    wait_until(lambda: len(one_pair.workers()) == 2 and is_quiet(one_pair), RESTART_BUDGET_S, "whole")
+    return one_pair
 
 
 @dataclass(slots=True)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Awaitable, Callable, Iterator
-from pathlib import Path
+from collections.abc import Awaitable, Callable
 
 import aiohttp
 import pytest
 
 from tests.e2e.client import session
-from tests.e2e.server import Server, serving, wait_until
+from tests.e2e.server import Server, wait_until
 from tests.faults.ledger import Ledger, Record, Request
 
 pytestmark = [pytest.mark.e2e, pytest.mark.model, pytest.mark.ucx, pytest.mark.slow]
@@ -21,11 +20,11 @@ REQUESTS = [Request(f"The longest road in country {i}", 250, (0.0, 0.8)[i % 2], 
 LONG = Request(" ".join(f"item {i}" for i in range(600)), 8, 0.0, 0)
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("drain")
-    with serving("smollm2", folder, cache_dir, "--decode", "2") as running:
-        yield running
+@pytest.fixture
+def server(two_decodes: Server) -> Server:
+    """The shared workers, all there."""
+    wait_until(lambda: len(two_decodes.workers()) == 3, 60.0, "whole")
+    return two_decodes
 
 
 def during(server: Server, fault: Callable[[list[Record]], Awaitable[None]], requests: list[Request]) -> list[str]:

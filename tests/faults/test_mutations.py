@@ -6,19 +6,15 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import aiohttp
 import pytest
 
-from tests.e2e.client import session
-from tests.e2e.server import Server, serving, wait_until
+from tests.e2e.server import Server
 from tests.faults import bits
 from tests.faults.ledger import Ledger, Record, Request
-from tests.faults.mutated import flips, mutations
+from tests.faults.mutated import busy_pid, flips, mutated, on
 from tests.faults.phases import Cluster
 from tests.faults.trials import Trial, run_trial
 
@@ -27,41 +23,14 @@ pytestmark = [pytest.mark.e2e, pytest.mark.model, pytest.mark.ucx, pytest.mark.s
 LEASE_TTL_S = 1.0
 
 
-@contextmanager
-def mutated(tmp_path: Path, cache_dir: Path, names: str, *options: str) -> Iterator[Server]:
-    """Run a server with mutations."""
-    with mutations(*names.split(",")), serving("smollm2", tmp_path, cache_dir, *options) as server:
-        yield server
-
-
-def on(server: Server, ask: Callable[[aiohttp.ClientSession, Ledger], Awaitable[None]]) -> None:
-    """Run an asynchronous part of a test with a client of its own."""
-
-    async def run() -> None:
-        async with session() as http:
-            await ask(http, Ledger(http, server.url))
-
-    asyncio.run(run())
-
-
-def busy_pid(server: Server) -> int:
-    """Return the process of the one decode worker that runs the only stream, once its heartbeat has said so."""
-    found: list[dict[str, Any]] = wait_until(
-        lambda: [w for w in server.workers() if w["role"] == "decode" and w["num_running"]], 5.0, "a busy worker"
-    )
-    assert len(found) == 1
-    return int(found[0]["pid"])
-
-
 @pytest.fixture(scope="module")
-def expected(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> dict[Request, list[int]]:
+def expected(one_pair: Server) -> dict[Request, list[int]]:
     found: dict[Request, list[int]] = {}
-    with serving("smollm2", tmp_path_factory.mktemp("sound"), cache_dir) as server:
 
-        async def ask(_: aiohttp.ClientSession, ledger: Ledger) -> None:
-            found.update(await bits.oracles(ledger, bits.draw(1, 20)))
+    async def ask(_: aiohttp.ClientSession, ledger: Ledger) -> None:
+        found.update(await bits.oracles(ledger, bits.draw(1, 20)))
 
-        on(server, ask)
+    on(one_pair, ask)
     return found
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.client import session
-from tests.e2e.server import serving, wait_until
+from tests.e2e.server import Server, wait_until
 from tests.faults import network
 from tests.faults.ledger import Ledger, Record, Request
 from tests.faults.network import Cluster
@@ -22,18 +22,21 @@ NUM_PREFILL = NUM_DECODE = 2
 
 
 @pytest.fixture(scope="module")
-def expected(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> dict[Request, list[int]]:
-    """What a server on one host answers."""
+def possible() -> None:
     if reason := network.why_not():
         pytest.skip(reason)
+
+
+@pytest.fixture(scope="module")
+def expected(possible: None, one_pair: Server) -> dict[Request, list[int]]:
+    """What a server on one host answers."""
 
     async def ask(url: str) -> dict[Request, list[int]]:
         async with session() as http:
             ledger = Ledger(http, url)
             return {request: await ledger.oracle(request) for request in (STREAM, LONG)}
 
-    with serving("smollm2", tmp_path_factory.mktemp("one-host"), cache_dir) as server:
-        return asyncio.run(ask(server.url))
+    return asyncio.run(ask(one_pair.url))
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,13 +12,14 @@ import pytest
 
 from tests.e2e.client import session
 from tests.e2e.server import Server, serving
-from tests.faults import campaign, disconnects, rolling
+from tests.faults import campaign, disconnects, everything, rolling
+from tests.faults.__main__ import COMMANDS, parser
 from tests.faults.campaign import Round
+from tests.faults.footprints import Footprint, Sample, Watch, theil_sen
 from tests.faults.ledger import Ledger, Record, Request
 from tests.faults.load import Oracles, draw_pool
 from tests.faults.overload import meets_slo
 from tests.faults.phases import Cluster
-from tests.faults.soak import theil_sen
 from tests.faults.trials import NUM_DECODE, NUM_PREFILL, Trial, run_trial
 
 REQUEST = Request("one", 3, 0.0, 0)
@@ -148,6 +149,54 @@ def test_a_slope_is_told_from_noise() -> None:
     assert not leak.is_flat and leak.low < 400.0 < leak.high
 
 
+def test_what_grows_is_named_and_what_dies_too() -> None:
+    watch = Watch()
+    for number in range(40):
+        for name, grows in (("steady 1", 0), ("leaky 2", number)):
+            taken = Footprint(1 << 20, 10 + grows, 5, 7 + grows)
+            watch.samples.setdefault(name, []).append(Sample(100 * number, taken))
+    watch.samples["dead 3"] = watch.samples["steady 1"][:5]
+    watch.samples["dead 4"] = watch.samples["steady 1"][20:]
+    watch.weigh(4000, ["steady", "leaky", "dead", "absent"])
+    assert [fault for fault in watch.faults if fault.startswith("steady")] == []
+    assert {word for fault in watch.faults if fault.startswith("leaky") for word in fault.split()} >= {
+        "descriptors",
+        "tasks",
+    }
+    assert {fault.split()[0] for fault in watch.faults if "did not live" in fault} == {"dead", "absent"}
+
+
 def test_pools_follow_from_their_seed() -> None:
     assert draw_pool(3, 6, (8, 16)) == draw_pool(3, 6, (8, 16)) != draw_pool(4, 6, (8, 16))
     assert len(set(draw_pool(3, 60, (8, 16)))) == 60
+
+
+def test_the_big_version_is_made_of_command_lines_that_exist() -> None:
+    found = {name: parser().parse_args(words) for name, words in everything.plan(1000)}
+    assert (found["decode-kills"].rounds * found["decode-kills"].faults, found["decode-kills"].kinds) == (
+        1000,
+        ["decode-kill"],
+    )
+    assert found["prefill-kills"].trials == 300
+    assert found["other-kills"].rounds * found["other-kills"].faults == 100
+    assert [found[name].number for name in ("disconnects", "rolling", "bits", "soak")] == [10000, 1000, 1000, 10000]
+    assert found["overload"].seconds == 120.0
+    assert {args.command for args in found.values()} == set(COMMANDS) - {"trials"}
+    assert parser().parse_args(["all", "--trials", "5", "--only", "bits"]).only == ["bits"]
+
+
+def test_a_campaign_that_is_wrong_or_cannot_run_fails_the_whole_and_the_others_run() -> None:
+    asked, said = list[str](), list[str]()
+
+    def perform(words: Sequence[str]) -> tuple[str, bool]:
+        asked.append(words[0])
+        if words[0] == "bits":
+            raise OSError("no server")
+        return f"{words[0]} as planned", words[0] == "soak"
+
+    args = parser().parse_args(["all", "--trials", "1"])
+    assert everything.run(args, perform, said.append) == 1
+    assert asked == [words[0] for _, words in everything.plan(1)]
+    wrong = [line.split()[1] for line in said[-1].splitlines() if line.startswith("WRONG")]
+    assert wrong == ["bits,", "soak,"]
+    assert everything.run(parser().parse_args(["all", "--only", "rolling"]), perform, said.append) == 0

@@ -26,6 +26,7 @@ KINDS = ("decode-kill", "prefill-kill", "both-kill", "decode-stop")
 RECOVERY_BUDGET_S = 60.0
 QUIET_BUDGET_S = 2.0
 NUM_DECODE, NUM_PREFILL = 2, 2
+ENDLESS = "([a-z]{2,9}[,.]? )+"
 _PROMPTS = (
     "The longest road in the country",
     "A good interview begins with",
@@ -64,13 +65,14 @@ class Outcome:
 
 
 def requests_of(trial: Trial, dice: random.Random) -> list[Request]:
-    """Draw the requests of a trial: greedy and seeded ones, 64 to 160 tokens, one prompt with some company."""
+    """Draw the requests of a trial: greedy, seeded and constrained ones, 64 to 160 tokens, one prompt in company."""
     return [
         Request(
             prompt=f"{dice.choice(_PROMPTS)} ({trial.seed % 7})",
             max_tokens=dice.randint(64, 160),
             temperature=dice.choice([0.0, 0.8, 1.0]),
             seed=dice.randrange(1 << 30),
+            regex=dice.choice(["", "", ENDLESS]),
         )
         for _ in range(dice.randint(2, 4))
     ]

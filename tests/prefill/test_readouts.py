@@ -15,11 +15,13 @@ from engine.config import EngineConfig
 from engine.loading import LoadedModel, load
 from engine.placement import refusal_of, sequence_of
 from engine.runner import BatchRunner, DeviceRunner, Runner
+from engine.sequence import Sequence
 from model.batch import ForwardBatch
 from model.source import resolve
 from model.torch_decoder import TorchDecoder
 from prefill.scheduler import MAX_LOGIT_ROWS, PrefillJob, PrefillScheduler
 from prefill.stepper import AbortJob, FirstTokenReady, PrefillEmission, PrefillStepper, ReadingsReady, Submit
+from protocol.block_hash import block_hashes, root_hash
 from protocol.readout import Pooling, ReadEmbedding, ReadLabels, Readout, ReadPrompt
 from protocol.request import SamplingParams
 from protocol.wire import Prefill
@@ -197,7 +199,7 @@ def test_forty_questions_compute_their_state_once(native: LoadedModel) -> None:
 
 def test_a_worker_refuses_what_it_cannot_read(native: LoadedModel) -> None:
     assert "256" in (refusal_of(_message(1, [3], ReadLabels(token_ids=(256,))), native) or "")
-    assert "embeddings" in (refusal_of(_message(1, [3], ReadEmbedding(pooling=Pooling.MEAN)), native) or "")
+    assert "encoders" in (refusal_of(_message(1, [3], ReadEmbedding(pooling=Pooling.CLS)), native) or "")
 
 
 def test_the_real_model_reads_what_a_float32_forward_gives(cache_dir: Path) -> None:
@@ -225,10 +227,7 @@ def _job(transfer_id: int, num_tokens: int, readout: Readout | None, first: int 
     return PrefillJob(_sequence(message), None, 0.0, float(transfer_id))
 
 
-def _sequence(message: Prefill):  # type: ignore[no-untyped-def]
-    from engine.sequence import Sequence
-    from protocol.block_hash import block_hashes, root_hash
-
+def _sequence(message: Prefill) -> Sequence:
     root = root_hash("model")
     return Sequence(
         request_id=message.request_id,

@@ -9,7 +9,7 @@ import pytest
 
 from protocol.errors import NotReady, Overloaded
 from router.config import RouterConfig
-from router.core import LONG_TEXT_BYTES, MAX_IN_THREADS, Core
+from router.core import LONG_TEXT_BYTES, Core
 from router.metrics import Metrics
 from router.switchboard import Switchboard
 from router.tokenizer import Tokenizer
@@ -49,8 +49,8 @@ async def test_without_workers_nothing_is_admitted(tokenizer: Tokenizer) -> None
 async def test_long_texts_wait_for_a_thread_in_a_bounded_number_and_a_place_is_free_when_its_thread_is(
     tokenizer: Tokenizer,
 ) -> None:
-    core, may_end = core_of(tokenizer), threading.Event()
-    waiting = [asyncio.create_task(core.off_loop(LONG_TEXT_BYTES + 1, may_end.wait)) for _ in range(MAX_IN_THREADS)]
+    core, may_end = core_of(tokenizer, max_num_requests=3), threading.Event()
+    waiting = [asyncio.create_task(core.off_loop(LONG_TEXT_BYTES + 1, may_end.wait)) for _ in range(3)]
     await asyncio.sleep(0)
     with pytest.raises(Overloaded, match="wait to be tokenised"):
         await core.off_loop(LONG_TEXT_BYTES + 1, lambda: None)
@@ -58,6 +58,6 @@ async def test_long_texts_wait_for_a_thread_in_a_bounded_number_and_a_place_is_f
     waiting[0].cancel()
     may_end.set()
     done = await asyncio.gather(*waiting, return_exceptions=True)
-    assert done[1:] == [True] * (MAX_IN_THREADS - 1)
+    assert done[1:] == [True] * 2
     assert await core.off_loop(LONG_TEXT_BYTES + 1, lambda: 7) == 7
     await core.close()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from protocol.readout import ReadLabels
 from protocol.request import FinishReason, TokenRow
-from protocol.wire import Abort, Declined, FirstToken, Preempted, Prefill, Reserve, TransferFailed
+from protocol.wire import Abort, Declined, FirstToken, Preempted, Prefill, Readings, Reserve, TransferFailed
 from router.dispatch import Dispatch
-from router.instructions import Deliver, IdSource, Instruction, Placed, Read, Send, Terminal
+from router.instructions import Deliver, Finish, IdSource, Instruction, Placed, Read, Send, Terminal
 from router.members import WorkerKey
 from tests.router.cluster import add, beat, cluster, first_token, link_all, row, submission
 
@@ -27,10 +29,11 @@ class World:
         self.max_tokens: dict[int, int] = {}
         self.tokens: dict[int, list[int]] = {}
         self.ended: dict[int, Terminal] = {}
+        self.read: set[int] = set()
         self.prefills: dict[int, tuple[WorkerKey, Prefill]] = {}
         self.reserved: dict[int, tuple[WorkerKey, Reserve]] = {}
         self.running: dict[int, int] = {}
-        self.history: list[tuple[WorkerKey, FirstToken | TokenRow]] = []
+        self.history: list[tuple[WorkerKey, FirstToken | TokenRow | Readings]] = []
         self.instances = dict.fromkeys(("p0", "p1", "d0", "d1"), 1)
 
     def do(self, out: list[Instruction]) -> None:
@@ -46,8 +49,10 @@ class World:
                 seen.append(one.row.token_id)
             elif isinstance(one, Placed):
                 assert one.request_id not in self.ended
+            elif isinstance(one, Read):
+                assert one.request_id not in self.ended and one.request_id not in self.read, "read once"
+                self.read.add(one.request_id)
             else:
-                assert not isinstance(one, Read), "nobody asks for readouts here"
                 assert one.request_id not in self.ended, "two terminal records"
                 self.ended[one.request_id] = one
 
@@ -72,6 +77,12 @@ class World:
             return
         transfer_id = self.rng.choice(list(self.prefills))
         key, message = self.prefills[transfer_id]
+        if message.readout is not None:
+            self.prefills.pop(transfer_id)
+            told = Readings(transfer_id=transfer_id, labels=(-0.5,), num_cached_tokens=0, queue_s=0.0, prefill_s=0.1)
+            self.history.append((key, told))
+            self.do(self.dispatch.readings(key, told, self.now_s))
+            return
         index = len(message.emitted)
         finish = FinishReason.LENGTH if self.max_tokens[message.request_id] == index + 1 else None
         if finish is None and self.rng.random() < 0.05:
@@ -150,6 +161,8 @@ class World:
         key, message = self.rng.choice(self.history)
         if isinstance(message, FirstToken):
             assert self.dispatch.first_token(key, message, self.now_s) == []
+        elif isinstance(message, Readings):
+            assert self.dispatch.readings(key, message, self.now_s) == []
         else:
             assert self.dispatch.tokens(key, [message], self.now_s) == []
 
@@ -162,6 +175,8 @@ class World:
         self.max_tokens[request_id] = self.rng.choice([1, 2, 5, 12])
         num_tokens = self.rng.choice([1, 4, 9, 20])
         asked = submission(request_id, num_tokens, self.max_tokens[request_id], first=self.rng.choice([0, 50]))
+        if self.rng.random() < 0.2:
+            asked = replace(asked, readout=ReadLabels(token_ids=(7,)))
         self.do(self.dispatch.submit(asked, self.now_s))
 
     def leave(self) -> None:
@@ -218,9 +233,17 @@ def test_every_request_ends_once_with_its_tokens_in_order(seed: int, actions: li
         getattr(world, action)()
     world.settle()
     assert set(world.ended) == set(world.tokens)
+    for request_id in world.read:
+        assert isinstance(world.ended[request_id], Finish) and not world.tokens[request_id]
     dispatch = world.dispatch
     assert dispatch.num_running == dispatch.num_waiting == 0
     for transfer_id, (key, _) in [*world.prefills.items(), *world.reserved.items()]:
         raise AssertionError(f"{key} still holds {transfer_id}")
     for load in dispatch.loads._loads.values():
-        assert not load.queued and load.queued_tokens == 0 and not load.held and load.ledger.num_blocks == 0
+        assert (
+            not load.queued
+            and load.queued_tokens == 0
+            and not load.held
+            and not load.readouts
+            and load.ledger.num_blocks == 0
+        )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
 from typing import Any
 
 import openai
 import pytest
+import pytest_asyncio
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
@@ -19,13 +21,20 @@ from router.intake import Intake
 from router.response_request import ResponsesRequest
 from router.tokenizer import Tokenizer
 from tests.router.tiny import byte_id
-from tests.router.workers import LENGTH, STOP, ScriptedWorker, Stage, answer
+from tests.router.workers import LENGTH, STOP, ScriptedWorker, Stage, answer, staged
 
 PATH = "/v1/responses"
 TOOL = {"type": "function", "name": "look", "parameters": {"type": "object", "properties": {"at": {"type": "string"}}}}
 CALL = '<tool_call>{"name": "look", "arguments": {"at": "x"}}</tool_call>'
 EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 ROOM: dict[str, Any] = {"max_model_len": 4096, "num_blocks": 4000}
+
+
+@pytest_asyncio.fixture
+async def stage(tokenizer: Tokenizer) -> AsyncIterator[Stage]:
+    """A router whose workers may be silent for as long as an SDK takes to load."""
+    async with staged(tokenizer, lease_ttl_s=60.0) as stage:
+        yield stage
 
 
 def prompt(tokenizer: Tokenizer, **fields: Any) -> str:
@@ -81,6 +90,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"truncation": "auto"}, "truncation"),
     ({"max_tokens": 5}, "max_tokens"),
     ({"n": 2}, "n"),
+    ({"return_token_ids": True}, "return_token_ids"),
     ({"include": ["file_search_call.results"]}, "include"),
     ({"tools": [{"type": "web_search"}]}, "tools"),
     ({"tools": [{"type": "function"}]}, "tools"),
@@ -117,6 +127,7 @@ def test_what_is_not_supported_is_refused(tokenizer: Tokenizer, fields: dict[str
 async def test_the_sdk_reads_a_whole_answer(stage: Stage) -> None:
     prefill, decode = await stage.pair(**ROOM)
     client = openai.AsyncOpenAI(base_url=f"{stage.url}/v1", api_key="unused")
+    await client.models.list()
     asked = asyncio.create_task(client.responses.create(model="m", input="hi", instructions="be kind", user="u"))
     await answer(prefill, decode, "well")
     response = await asked
@@ -193,6 +204,7 @@ async def test_log_probabilities_come_with_the_text(stage: Stage) -> None:
 async def test_the_sdks_streaming_helper(stage: Stage) -> None:
     prefill, decode = await stage.pair(**ROOM)
     client = openai.AsyncOpenAI(base_url=f"{stage.url}/v1", api_key="unused")
+    await client.models.list()
 
     async def read() -> tuple[list[str], Any]:
         async with client.responses.stream(model="m", input="hi") as stream:

@@ -252,3 +252,11 @@ async def test_a_stream_with_a_call(stage: Stage, is_cut: bool) -> None:
     assert first["function"] == {"name": "look", "arguments": ""}
     assert "".join(c["function"]["arguments"] for c in more) == '{"at": "x"}'
     assert all(set(c) == {"index", "function"} for c in more)
+
+
+async def test_a_stream_with_calls_cannot_be_resumed(stage: Stage) -> None:
+    await stage.pair(max_model_len=4096, num_blocks=4000)
+    headers = {"X-Request-ID": "x", "X-Resume-For": "5"}
+    for path, fields in ((CHAT, {"messages": HI, "tools": [TOOL]}), ("/v1/responses", {"input": "hi"})):
+        status, body, _ = await stage.post(path, {"model": "m", "stream": True, **fields}, headers=headers)
+        assert status == 400 and body["error"]["param"] == "X-Resume-For"

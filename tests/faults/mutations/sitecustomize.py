@@ -2,6 +2,8 @@
 
     BATON_TEST_MUTATION=no-checksum,flip-bits PYTHONPATH=tests/faults/mutations baton serve ...
 
+What a mutation draws follows from BATON_TEST_MUTATION_SEED (0) and from the order of events in its process.
+
 Python imports `sitecustomize` at its start. A finder stands before the ordinary ones, and once a module of the table
 has been executed the named functions in it are replaced. The product knows nothing of it. See README.md beside this.
 """
@@ -13,12 +15,19 @@ import importlib.abc
 import importlib.machinery
 import os
 import random
+import signal
 import sys
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
 LATE_S = 0.15
+CONTROL_LATE_S = 0.05
+STEPS_UNTIL_FAILURE = 30
+HOUR_S = 3600.0
+SEED = os.environ.get("BATON_TEST_MUTATION_SEED", "0")
 
 
 def no_checksum(module: Any) -> None:
@@ -32,7 +41,7 @@ def no_checksum(module: Any) -> None:
 
 def flip_bits(module: Any) -> None:
     """Senders flip one bit of every piece, after its checksum was taken; a piece that is sent again stays whole."""
-    fill, dice, seen = module.SendSide._fill, random.Random(), set()
+    fill, dice, seen = module.SendSide._fill, random.Random(f"flip-bits {SEED}"), set()
 
     def fill_and_flip(self: Any, payload: Any, peer: Any, transfer: Any, cells: Any, tag: int) -> Any:
         piece = fill(self, payload, peer, transfer, cells, tag)
@@ -109,6 +118,66 @@ def no_fencing_of_instances(module: Any) -> None:
     module.Switchboard.lose, module.Switchboard.pulse, module.Switchboard.take = lose_and_listen, pulse_all, take
 
 
+def hang_step(module: Any) -> None:
+    """A decode worker's compute thread sleeps for ever after SIGUSR1, while its event loop beats on."""
+    step = module.DecodeStepper.step
+    is_hung: list[bool] = []
+    signal.signal(signal.SIGUSR1, lambda *_: is_hung.append(True))
+
+    def step_or_hang(self: Any) -> bool:
+        while is_hung:
+            time.sleep(1.0)
+        return bool(step(self))
+
+    module.DecodeStepper.step = step_or_hang
+
+
+def fail_step(module: Any) -> None:
+    """A decode worker's step raises once it has done so many after SIGUSR2, as a broken device would let it."""
+    collect = module.DecodeStepper._collect
+    left: list[int] = []
+    signal.signal(signal.SIGUSR2, lambda *_: left.extend(range(STEPS_UNTIL_FAILURE)))
+
+    def collect_or_fail(self: Any, flight: Any) -> None:
+        if left and left.pop() == 0:
+            raise RuntimeError("the device is broken, says a mutation")
+        collect(self, flight)
+
+    module.DecodeStepper._collect = collect_or_fail
+
+
+def delay_control(module: Any) -> None:
+    """Each message of a channel is on its way for up to `CONTROL_LATE_S`; none overtakes another."""
+    write, dice = module.Channel._write, random.Random(f"delay-control {SEED}")
+
+    async def write_late(self: Any) -> None:
+        loop, queue = asyncio.get_running_loop(), self._queue
+        due: deque[float] = deque([loop.time()] * queue.qsize())
+        put, get = queue.put_nowait, queue.get
+
+        def put_nowait(data: bytes | None) -> None:
+            due.append(loop.time() + dice.uniform(0.0, CONTROL_LATE_S))
+            put(data)
+
+        async def get_late() -> bytes | None:
+            data: bytes | None = await get()
+            await asyncio.sleep(max(0.0, due.popleft() - loop.time()))
+            return data
+
+        queue.put_nowait, queue.get = put_nowait, get_late
+        await write(self)
+
+    module.Channel._write = write_late
+    print("LATE messages from here on", flush=True)
+
+
+def wall_clock() -> None:
+    """The wall clock jumps an hour back and forth with every look at it; nobody may reckon with it."""
+    true_time, looks = time.time, iter(range(sys.maxsize))
+    print("JUMPING clocks from here on", flush=True)
+    time.time = lambda: true_time() + (HOUR_S if next(looks) % 2 else -HOUR_S)
+
+
 Change = Callable[[Any], None]
 MUTATIONS: dict[str, dict[str, Change]] = {
     "no-checksum": {"kvtransfer.receiving": no_checksum},
@@ -117,7 +186,12 @@ MUTATIONS: dict[str, dict[str, Change]] = {
     "no-lease": {"protocol.lease": no_lease},
     "no-replay": {"router.instructions": no_replay},
     "no-fencing": {"router.dispatch": no_fencing_of_tokens, "router.switchboard": no_fencing_of_instances},
+    "hang-step": {"decode.stepper": hang_step},
+    "fail-step": {"decode.stepper": fail_step},
+    "delay-control": {"protocol.channel": delay_control},
+    "wall-clock": {},
 }
+AT_START: dict[str, Callable[[], None]] = {"wall-clock": wall_clock}
 
 
 class _Loader(importlib.abc.Loader):
@@ -157,3 +231,5 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 if _names := [name for name in os.environ.get("BATON_TEST_MUTATION", "").split(",") if name]:
     sys.meta_path.insert(0, _Finder(_names))
+    for _name in _names:
+        AT_START.get(_name, lambda: None)()

@@ -1,0 +1,93 @@
+"""The engine in this process as the target of a batch: bodies take the way that they take over HTTP."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from typing import Final
+
+import msgspec
+
+from baton.batch import BadLine, BatchLine, Reply, Response
+from baton.in_process import InProcess
+from protocol.errors import RequestFailed, RequestRejected
+from protocol.request import FinishReason
+from router.api import ChatRequest, CompletionRequest, parse
+from router.core import Core
+from router.deciding import Inquiry, decide
+from router.decisions import DecisionsRequest, answer, inquiry_of
+from router.intake import Job
+from router.prompt_logprobs import read_prompts
+from router.response_request import ResponsesRequest
+from router.response_shape import shape_of
+from router.responses import body_of_error, encode_json
+from router.text import Piece
+
+Kind = type[ChatRequest] | type[CompletionRequest] | type[ResponsesRequest]
+
+DECISIONS: Final = "/v1/decisions"
+_KINDS: Final[dict[str, Kind]] = {
+    "/v1/chat/completions": ChatRequest,
+    "/v1/completions": CompletionRequest,
+    "/v1/responses": ResponsesRequest,
+}
+
+
+class EngineTarget:
+    """Answers with what HTTP would say."""
+
+    def __init__(self, engine: InProcess) -> None:
+        self._engine = engine
+
+    async def answer(self, line: BatchLine) -> Reply:
+        """Run one request; raises as `Target.answer` does, and EngineDead."""
+        kind = _KINDS.get(line.url)
+        if kind is None and line.url != DECISIONS:
+            known = ", ".join([*_KINDS, DECISIONS])
+            raise BadLine("invalid_url", f"url: one of {known}, not {line.url[:64]!r}", line.custom_id)
+        core, request_id, body = self._engine.core, secrets.token_hex(12), encode_json(line.body)
+        try:
+            told = await (_decide(core, body) if kind is None else _whole(core, kind, body, request_id))
+            status = 200
+        except (RequestRejected, RequestFailed) as error:
+            if self._engine.failure is not None:
+                raise self._engine.failure from error
+            told, status = encode_json(body_of_error(error)), error.status
+        return Reply(Response(status_code=status, request_id=request_id, body=msgspec.Raw(told)))
+
+
+async def _whole(core: Core, kind: Kind, body: bytes, request_id: str) -> bytes:
+    """Return the whole answer to a body. Cancel-safe; raises RequestRejected, RequestFailed."""
+    arrived_s = time.monotonic()
+
+    def job_of(max_model_len: int) -> Job:
+        parsed: ChatRequest | CompletionRequest | ResponsesRequest = parse(body, kind)
+        return core.intake.job(parsed, max_model_len)
+
+    with core.admission():
+        job = await core.admit(len(body), job_of)
+    shape = shape_of(job, core.tokenizer, request_id, await read_prompts(core, job, arrived_s))
+    if job.is_prompt_only:
+        return shape.answer([Piece(finish_reason=FinishReason.LENGTH) for _ in job.choices])
+    session = core.open(job, arrived_s)
+    try:
+        choices = [Piece() for _ in job.choices]
+        while events := await session.events():
+            for index, piece in events:
+                choices[index].add(piece)
+    finally:
+        session.close()
+    shape.num_cached_tokens = session.num_cached_tokens
+    return shape.answer(choices)
+
+
+async def _decide(core: Core, body: bytes) -> bytes:
+    """Return the answer to a body of /v1/decisions; as `_whole`."""
+    parsed: list[DecisionsRequest] = []
+
+    def make() -> Inquiry:
+        parsed.append(parse(body, DecisionsRequest))
+        return inquiry_of(parsed[0])
+
+    verdict = await decide(core, len(body), make, time.monotonic())
+    return answer(parsed[0], verdict)

@@ -1,0 +1,197 @@
+"""`LLM`: the engine in this process, for batch jobs without asyncio.
+
+1. `LLM(model, **options)` loads the model; its event loop runs in a thread of its own from then on.
+2. `generate` and `chat` open a bounded number of requests, and one more for each that ends: a batch of any size keeps
+   the decode batch full and holds little. Results come back in order.
+3. `close`, the end of `with`, or the end of the process ends it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import threading
+import weakref
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Self, TypeVar, cast
+
+import uvloop
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from baton.async_llm import AsyncLLM, Messages, Prompt, Request, new_request
+from baton.outputs import RequestOutput
+from baton.sampling import SamplingParams
+from protocol.errors import EngineDead, InvalidRequest
+
+Result = TypeVar("Result")
+
+
+class LLM:
+    """One model in this process; calls block. Several threads may call it.
+
+    Args:
+        model: as `baton serve` takes it: a directory, a GGUF file, a hub id, or smollm2.
+        options: as for `AsyncLLM`.
+
+    Raises:
+        ConfigError, ModelError: what was asked for cannot be had.
+    """
+
+    def __init__(self, model: str, **options: Any) -> None:
+        self._engine = AsyncLLM(model, **options)
+        self._thread = LoopThread()
+        self._finalizer = weakref.finalize(self, _end, self._engine, self._thread)
+        try:
+            self._thread.run(self._engine.start())
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End what still runs and let go of everything; idempotent."""
+        self._finalizer()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        show_progress: bool | None = None,
+        cache_salt: str | None = None,
+    ) -> list[RequestOutput]:
+        """Generate for every prompt; return the outputs in the order of the prompts.
+
+        Args:
+            prompts: one or many, each text, token ids, or a mapping with `prompt` or `prompt_token_ids`.
+            sampling_params: for all, or one for each.
+            show_progress: None shows a bar where stderr is a terminal.
+            cache_salt: the KV of the prompts is shared only with prompts of the same salt.
+
+        Raises:
+            RequestRejected: one cannot be run; the others are ended.
+            RequestFailed, EngineDead: one could not be completed; the others are ended.
+        """
+        found = [cast(Prompt, prompts)] if _is_one_prompt(prompts) else list(cast(Sequence[Prompt], prompts))
+        each = _for_each(sampling_params, len(found))
+        requests = [
+            new_request(prompt, None, sampling, cache_salt=cache_salt)
+            for prompt, sampling in zip(found, each, strict=True)
+        ]
+        return self._run(requests, show_progress)
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        show_progress: bool | None = None,
+        cache_salt: str | None = None,
+    ) -> list[RequestOutput]:
+        """Generate the next message of one conversation, or of many; otherwise as `generate`."""
+        is_one = bool(messages) and isinstance(messages[0], Mapping)
+        found = [cast(Messages, messages)] if is_one else list(cast(Sequence[Messages], messages))
+        each = _for_each(sampling_params, len(found))
+        requests = [
+            new_request(None, conversation, sampling, cache_salt=cache_salt)
+            for conversation, sampling in zip(found, each, strict=True)
+        ]
+        return self._run(requests, show_progress)
+
+    def _run(self, requests: list[Request], show_progress: bool | None) -> list[RequestOutput]:
+        with _progress(len(requests), sys.stderr.isatty() if show_progress is None else show_progress) as progress:
+            return self._thread.run(self._run_all(requests, progress))
+
+    async def _run_all(self, requests: list[Request], progress: Progress | None) -> list[RequestOutput]:
+        outputs: dict[int, RequestOutput] = {}
+        positions = iter(range(len(requests)))
+
+        async def run_some() -> None:
+            for i in positions:
+                outputs[i] = await self._engine.finish(requests[i])
+                if progress is not None:
+                    progress.advance(progress.task_ids[0])
+
+        most_choices = max((request.sampling.n or 1 for request in requests), default=1)
+        num_open = max(1, self._engine.engine.max_num_open // most_choices)
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(min(num_open, len(requests))):
+                    group.create_task(run_some())
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        return [outputs[i] for i in range(len(requests))]
+
+
+class LoopThread:
+    """An event loop in a thread of its own."""
+
+    def __init__(self) -> None:
+        self._loop = uvloop.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="engine", daemon=True)
+        self._thread.start()
+
+    def run(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """Run a coroutine there and wait for it; an interrupt here cancels it there. Raises EngineDead after `stop`."""
+        if self._loop.is_closed():
+            work.close()
+            raise EngineDead("the engine is not running: it was closed")
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def stop(self) -> None:
+        """End the loop."""
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+def _end(engine: AsyncLLM, thread: LoopThread) -> None:
+    try:
+        thread.run(engine.close())
+    finally:
+        thread.stop()
+
+
+def _is_one_prompt(prompts: Any) -> bool:
+    if isinstance(prompts, str | Mapping):
+        return True
+    return len(prompts) > 0 and all(hasattr(part, "__index__") for part in prompts)
+
+
+def _for_each(
+    sampling_params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
+) -> Sequence[SamplingParams]:
+    if sampling_params is None or isinstance(sampling_params, SamplingParams):
+        return [sampling_params or SamplingParams()] * num_prompts
+    if len(sampling_params) != num_prompts:
+        raise InvalidRequest(
+            f"sampling_params: {len(sampling_params)} for {num_prompts} prompts; give one, or one for each",
+            "sampling_params",
+        )
+    return sampling_params
+
+
+@contextmanager
+def _progress(num_requests: int, is_shown: bool) -> Iterator[Progress | None]:
+    if not is_shown:
+        yield None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+        progress.add_task("requests", total=num_requests)
+        yield progress

@@ -1,0 +1,333 @@
+"""gRPC for clients, on the router's event loop: `baton.v1`, health and reflection, in front of the same core as HTTP.
+
+1. A request becomes the body that it would be over HTTP and takes the same way through the core; what HTTP refuses is
+   refused here, by a status and with the field's name.
+2. Messages follow as tokens come. A client that does not read fills its own stream's window: then its generation is
+   paused, and what has come meanwhile goes into one message. Who reads nothing for `client_stall_s` is given up.
+3. A client that cancels, leaves, or whose deadline passes, cancels its handler, and that aborts on the workers. `Abort`
+   ends a request from another call.
+4. Draining: health says so, no new call is taken, running ones go on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from typing import Any, Final
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+from grpc_reflection.v1alpha import reflection
+
+from protocol.errors import (
+    BatonError,
+    DeadlineExceeded,
+    InvalidRequest,
+    NotReady,
+    Overloaded,
+    RequestAborted,
+    RequestFailed,
+    RequestRejected,
+    Unauthorized,
+    UnknownModel,
+)
+from protocol.request import FinishReason
+from router.access import Access
+from router.api import ChatRequest, CompletionRequest, parse
+from router.bodies import body_of_fields
+from router.config import RouterConfig
+from router.core import Core
+from router.deciding import Inquiry, decide
+from router.decisions import DecisionsRequest, answer, inquiry_of
+from router.grpc_decisions import decide_response, decisions_body
+from router.grpc_messages import MessageShape, body_of
+from router.intake import Job
+from router.prompt_logprobs import read_prompts
+from router.rpc import baton_v1_pb2 as pb
+from router.rpc import baton_v1_pb2_grpc as rpc
+from router.switchboard import OVERLOAD_RETRY_S, Session
+from router.text import Piece
+
+log = logging.getLogger(__name__)
+
+SERVICE: Final = pb.DESCRIPTOR.services_by_name["Baton"].full_name
+BIND_BUDGET_S: Final = 5.0
+BIND_RETRY_S: Final = 0.1
+HEALTH_EVERY_S: Final = 0.1
+PAUSE_AFTER_S: Final = 0.5
+GIVE_UP_S: Final = 1.0
+MAX_REQUEST_ID_CHARS: Final = 128
+_STATUS: Final[tuple[tuple[type[BatonError], grpc.StatusCode], ...]] = (
+    (Overloaded, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (Unauthorized, grpc.StatusCode.UNAUTHENTICATED),
+    (UnknownModel, grpc.StatusCode.NOT_FOUND),
+    (RequestRejected, grpc.StatusCode.INVALID_ARGUMENT),
+    (NotReady, grpc.StatusCode.UNAVAILABLE),
+    (DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED),
+    (RequestAborted, grpc.StatusCode.ABORTED),
+    (RequestFailed, grpc.StatusCode.INTERNAL),
+)
+# What metadata may say instead of a field.
+_METADATA: Final = {"x-request-id": "request_id", "x-cache-salt": "cache_salt", "x-priority": "priority"}
+
+
+class GrpcServer:
+    """The gRPC side of a router: `start`, `drain`, `close`."""
+
+    def __init__(self, config: RouterConfig, core: Core) -> None:
+        self._config = config
+        self._core = core
+        self._health = HealthServicer()
+        self._watch: asyncio.Task[None] | None = None
+        self._draining: asyncio.Task[None] | None = None
+        self._server: Any = None
+        self._is_ready: bool | None = None
+        self.port = 0
+
+    async def start(self) -> None:
+        """Open the port; a predecessor that is just giving it up is waited for.
+
+        Raises:
+            OSError: the port cannot be had.
+        """
+        host, wanted = self._config.http_host, self._config.grpc_port
+        address = f"[{host}]:{wanted}" if ":" in host else f"{host}:{wanted}"
+        deadline_s = time.monotonic() + BIND_BUDGET_S
+        while True:
+            self._server = self._new_server()
+            try:
+                self.port = self._server.add_insecure_port(address)
+            except RuntimeError as error:
+                if time.monotonic() > deadline_s:
+                    raise OSError(f"grpc-port: cannot listen on {address}: it is in use, or not ours") from error
+                await asyncio.sleep(BIND_RETRY_S)
+            else:
+                break
+        await self._server.start()
+        await self._tell_health()
+        self._watch = asyncio.create_task(self._watch_health())
+        log.info("gRPC on port %d", self.port)
+
+    def _new_server(self) -> Any:
+        options = [
+            # Two routers on one port would each get some of the calls, without a word.
+            ("grpc.so_reuseport", 0),
+            ("grpc.max_receive_message_length", self._config.max_body_bytes),
+            # A client whose machine is gone is noticed although nothing is sent to it.
+            ("grpc.keepalive_time_ms", 30_000),
+            ("grpc.keepalive_timeout_ms", 20_000),
+            ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+        ]
+        server = grpc.aio.server(options=options)
+        rpc.add_BatonServicer_to_server(BatonService(self._config, self._core), server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+        reflection.enable_server_reflection((SERVICE, health_name, reflection.SERVICE_NAME), server)
+        return server
+
+    def drain(self) -> None:
+        """Take no new call and let running ones go on; `close` waits for them no longer."""
+        self._draining = asyncio.create_task(self._server.stop(self._config.drain_s))
+
+    async def close(self) -> None:
+        """End every call and the port."""
+        if self._watch is not None:
+            self._watch.cancel()
+            await asyncio.gather(self._watch, return_exceptions=True)
+        if self._server is not None:
+            await self._server.stop(0)
+
+    async def _watch_health(self) -> None:
+        while True:
+            await asyncio.sleep(HEALTH_EVERY_S)
+            await self._tell_health()
+
+    async def _tell_health(self) -> None:
+        switchboard, statuses = self._core.switchboard, health_pb2.HealthCheckResponse
+        is_ready = switchboard.registry.is_ready and not switchboard.is_draining
+        if is_ready is self._is_ready:
+            return
+        self._is_ready = is_ready
+        for name in ("", SERVICE):
+            await self._health.set(name, statuses.SERVING if is_ready else statuses.NOT_SERVING)
+
+
+class BatonService(rpc.BatonServicer):  # type: ignore[misc, unused-ignore]
+    """The calls of `baton.v1.Baton`; their names are the proto file's."""
+
+    def __init__(self, config: RouterConfig, core: Core) -> None:
+        self._core = core
+        self._stall_s = config.client_stall_s
+        self._model = config.served_model_names[0]
+        self._access = Access(config.api_keys, config.api_key_files, time.monotonic)
+
+    async def Generate(self, request: pb.GenerateRequest, context: Any) -> None:
+        """Write messages until every choice is finished."""
+        try:
+            await self._generate(request, context)
+        except (RequestRejected, RequestFailed) as error:
+            await _refuse(context, error)
+
+    async def Abort(self, request: pb.AbortRequest, context: Any) -> pb.AbortResponse:
+        """End a request of any connection."""
+        try:
+            name = _name(self._tenant(context), request.request_id)
+            return pb.AbortResponse(was_open=self._core.open_requests.abort(name))
+        except Unauthorized as error:
+            await _refuse(context, error)
+            raise
+
+    async def Decide(self, request: pb.DecideRequest, context: Any) -> pb.DecideResponse:
+        """Answer questions about a text."""
+        try:
+            return await self._decide(request, context)
+        except (RequestRejected, RequestFailed) as error:
+            await _refuse(context, error)
+            raise
+
+    async def _decide(self, request: pb.DecideRequest, context: Any) -> pb.DecideResponse:
+        arrived_s, tenant, told = time.monotonic(), self._tenant(context), _told(context)
+        parsed: list[DecisionsRequest] = []
+
+        def make() -> Inquiry:
+            parsed.append(parse(body_of_fields(decisions_body(request, self._model)), DecisionsRequest))
+            inquiry = inquiry_of(parsed[0])
+            return replace(
+                inquiry, cache_salt=self._access.salt(tenant, inquiry.cache_salt or told.get("cache_salt", ""))
+            )
+
+        verdict = await decide(self._core, request.ByteSize(), make, arrived_s)
+        return decide_response(answer(parsed[0], verdict))
+
+    async def _generate(self, request: pb.GenerateRequest, context: Any) -> None:
+        arrived_s, core = time.monotonic(), self._core
+        await core.started()
+        tenant, told = self._tenant(context), _told(context)
+        with core.admission():
+            job = await core.admit(request.ByteSize(), partial(self._job, request, tenant, told))
+        request_id = job.request_id or secrets.token_hex(12)
+        name = _name(tenant, request_id)
+        read = await read_prompts(core, job, arrived_s)
+        shape = MessageShape(job, core.tokenizer, request_id, read)
+        if job.is_prompt_only:
+            await self._tell_prompts(job, shape, context)
+            return
+        core.open_requests.check(name)
+        session = core.open(job, arrived_s)
+        core.open_requests.add(name, session)
+        try:
+            await context.send_initial_metadata((("x-request-id", request_id),))
+            await self._follow(session, shape, context)
+        finally:
+            session.close()
+            core.open_requests.remove(name)
+
+    def _tenant(self, context: Any) -> str:
+        """Return whose call it is. Raises Unauthorized."""
+        metadata = dict(context.invocation_metadata() or ())
+        return self._access.tenant_of(metadata.get("authorization"))
+
+    def _job(self, request: pb.GenerateRequest, tenant: str, told: dict[str, Any], max_model_len: int) -> Job:
+        body, kind = body_of(request, self._model)
+        body = {**told, **body}
+        parsed: ChatRequest | CompletionRequest = parse(body_of_fields(body), kind)
+        if parsed.request_id is not None and not _is_fit(parsed.request_id):
+            raise InvalidRequest("request_id: must be 1 to 128 printable ASCII characters", "request_id")
+        job = self._core.intake.job(parsed, max_model_len)
+        return replace(job, cache_salt=self._access.salt(tenant, job.cache_salt))
+
+    async def _tell_prompts(self, job: Job, shape: MessageShape, context: Any) -> None:
+        """Answer where nothing is generated: prompts echoed, or told about."""
+        ended = ((choice.index, Piece(finish_reason=FinishReason.LENGTH)) for choice in job.choices)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._stall_s):
+                await context.write(shape.chunk(ended))
+                await context.write(shape.closing(0))
+
+    async def _follow(self, session: Session, shape: MessageShape, context: Any) -> None:
+        writer = MessageWriter(session, context, self._stall_s)
+        while events := await session.events():
+            if (message := shape.chunk(events)) is not None:
+                await writer.write(message)
+        await writer.write(shape.closing(session.num_cached_tokens))
+
+
+class MessageWriter:
+    """Writes the messages of one stream; a client that does not read pauses its own generation only."""
+
+    def __init__(self, session: Session, context: Any, stall_s: float) -> None:
+        self._session = session
+        self._context = context
+        self._stall_s = stall_s
+        self._loop = asyncio.get_running_loop()
+        self._is_paused = False
+
+    async def write(self, message: pb.GenerateResponse) -> None:
+        """Write a message, and wait until the client's window had room for it.
+
+        Raises:
+            DeadlineExceeded: it has read nothing for `stall_s`.
+        """
+        pause = self._loop.call_later(PAUSE_AFTER_S, self._pause)
+        try:
+            async with asyncio.timeout(self._stall_s):
+                await self._context.write(message)
+        except TimeoutError as error:
+            self._session.close()
+            raise DeadlineExceeded(f"the client has read nothing for {self._stall_s:g} s") from error
+        finally:
+            pause.cancel()
+        if self._is_paused:
+            self._is_paused = False
+            self._session.go_on()
+
+    def _pause(self) -> None:
+        self._is_paused = True
+        self._session.pause()
+
+
+async def _refuse(context: Any, error: RequestRejected | RequestFailed) -> None:
+    """End a call with the status of an error; a client that does not read is not waited for."""
+    code = next(code for kind, code in _STATUS if isinstance(error, kind))
+    trailing = [("baton-error-type", error.error_type)]
+    if isinstance(error, RequestRejected) and error.param:
+        trailing.append(("baton-field", error.param))
+    if isinstance(error, Overloaded | NotReady):
+        retry_s = error.retry_after_s if isinstance(error, Overloaded) else OVERLOAD_RETRY_S
+        # The name that gRPC's own retry policies obey.
+        trailing.append(("grpc-retry-pushback-ms", str(max(1, round(retry_s * 1000)))))
+        trailing.append(("retry-after", str(max(1, round(retry_s)))))
+    with suppress(TimeoutError):
+        async with asyncio.timeout(GIVE_UP_S):
+            await context.abort(code, str(error), tuple(trailing))
+
+
+def _told(context: Any) -> dict[str, Any]:
+    """Return what the metadata say of a request. Raises InvalidRequest."""
+    told: dict[str, Any] = {}
+    for key, value in context.invocation_metadata() or ():
+        if (name := _METADATA.get(key)) is None:
+            continue
+        if name != "priority":
+            told[name] = value
+            continue
+        try:
+            told[name] = int(value)
+        except ValueError:
+            raise InvalidRequest("x-priority: must be a whole number", "x-priority") from None
+    return told
+
+
+def _name(tenant: str, request_id: str) -> str:
+    """Return what an open request is known as: nobody ends another tenant's."""
+    return f"{request_id}\0{tenant}"
+
+
+def _is_fit(request_id: str) -> bool:
+    return 0 < len(request_id) <= MAX_REQUEST_ID_CHARS and request_id.isascii() and request_id.isprintable()

@@ -1,0 +1,169 @@
+"""What processes take, sampled while they serve, and whether it grows.
+
+1. `Watch.run` notes resident memory, descriptors, threads and asyncio tasks of every process once a second, beside the
+   number of requests so far.
+2. Memory: the slope per request by Theil and Sen's median of slopes, with Sen's interval from Kendall's statistic.
+   It grows if the whole interval lies above zero.
+3. Counts: the median of the last quarter of the samples against that of the first.
+4. The first part of a process's life, in which caches fill, is not counted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import os
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+
+from tests.faults.phases import Cluster
+
+SAMPLE_EVERY_S = 1.0
+WARM_SHARE = 0.3
+MAX_POINTS = 150
+MIN_POINTS = 8
+LIFE_SHARE = 0.5
+# Over fewer requests growth of memory is told but not judged: caches still fill.
+JUDGED_FROM = 2000
+MAX_GROWTH = {"num_descriptors": 8, "num_threads": 2, "num_tasks": 8}
+_WORDS = {"num_descriptors": "descriptors", "num_threads": "threads", "num_tasks": "tasks"}
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """What a process takes; `num_tasks` is None where its census does not tell."""
+
+    rss_bytes: int
+    num_descriptors: int
+    num_threads: int
+    num_tasks: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A process's footprint after so many requests."""
+
+    num_requests: int
+    footprint: Footprint
+
+
+@dataclass(frozen=True, slots=True)
+class Slope:
+    """Growth of resident memory in bytes per request, with its 95 % interval."""
+
+    median: float
+    low: float
+    high: float
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether growth cannot be told from none: the interval does not lie above zero."""
+        return self.low <= 0.0
+
+
+def theil_sen(points: Sequence[tuple[float, float]]) -> Slope:
+    """Return the median of all pairs' slopes and Sen's 95 % interval; thinned to `MAX_POINTS` points first."""
+    step = max(1, len(points) // MAX_POINTS)
+    kept = points[::step]
+    slopes = sorted((d - b) / (c - a) for (a, b), (c, d) in combinations(kept, 2) if c != a)
+    if len(kept) < 3 or not slopes:
+        return Slope(0.0, -math.inf, math.inf)
+    half = 1.96 * math.sqrt(len(kept) * (len(kept) - 1) * (2 * len(kept) + 5) / 18)
+    low, high = int((len(slopes) - half) / 2), int((len(slopes) + half) / 2) + 1
+    return Slope(statistics.median(slopes), slopes[max(0, low)], slopes[min(len(slopes) - 1, high)])
+
+
+def grown(values: Sequence[int]) -> int:
+    """Return by how much the median of the last quarter exceeds that of the first."""
+    quarter = max(1, len(values) // 4)
+    return int(statistics.median(values[-quarter:]) - statistics.median(values[:quarter]))
+
+
+def footprint(pid: int, num_tasks: int | None = None) -> Footprint | None:
+    """Return what a process takes now, or None if it is gone."""
+    try:
+        fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+        num_descriptors = len(os.listdir(f"/proc/{pid}/fd"))
+    except OSError:
+        return None
+    if "VmRSS" not in fields:
+        return None
+    return Footprint(int(fields["VmRSS"].split()[0]) << 10, num_descriptors, int(fields["Threads"]), num_tasks)
+
+
+async def process_ids(cluster: Cluster) -> dict[str, int]:
+    """Return the pids of a whole cluster by name: the supervisor, the router and every worker."""
+    found = {str(worker["worker_id"]): int(worker["pid"]) for worker in await cluster.workers()}
+    found["supervisor"] = cluster.server.process.pid
+    # A process may vanish while /proc is read.
+    with contextlib.suppress(OSError):
+        found.update((role, pid) for role, pid in cluster.server.children().items() if role == "router")
+    return found
+
+
+@dataclass(slots=True)
+class Watch:
+    """Samples of every process, and what they show.
+
+    Attributes:
+        samples: of each process that lived, as "name pid".
+        slopes: of those that lived long enough.
+        faults: what grew, in words.
+    """
+
+    samples: dict[str, list[Sample]] = field(default_factory=dict)
+    slopes: dict[str, Slope] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+
+    async def run(self, cluster: Cluster, num_requests: Callable[[], int]) -> None:
+        """Note every process's footprint once a second, until cancelled."""
+        while True:
+            num_tasks = await cluster.num_tasks()
+            for name, pid in (await process_ids(cluster)).items():
+                if (found := footprint(pid, num_tasks.get(name))) is not None:
+                    self.samples.setdefault(f"{name} {pid}", []).append(Sample(num_requests(), found))
+            await asyncio.sleep(SAMPLE_EVERY_S)
+
+    def weigh(self, num_requests: int, lasting: Sequence[str], warm_share: float = WARM_SHARE) -> None:
+        """Estimate slopes, and say what grew, and who of those that nobody killed did not live through all."""
+        for name in lasting:
+            lives = [key for key in self.samples if key.split()[0] == name]
+            if len(lives) != 1:
+                self.faults.append(f"{name} did not live through all: {lives or 'never seen'}")
+        for name, samples in self.samples.items():
+            # A process that was born late warms up late.
+            counted = [
+                s for s in samples[int(warm_share * len(samples)) :] if s.num_requests >= warm_share * num_requests
+            ]
+            lived = counted[-1].num_requests - counted[0].num_requests if counted else 0
+            if len(counted) >= MIN_POINTS and lived >= LIFE_SHARE * (1.0 - warm_share) * num_requests:
+                self._judge(name, counted, lived)
+
+    def _judge(self, name: str, counted: Sequence[Sample], lived: int) -> None:
+        slope = self.slopes[name] = theil_sen([(s.num_requests, s.footprint.rss_bytes) for s in counted])
+        if not slope.is_flat and lived >= JUDGED_FROM:
+            self.faults.append(f"{name} grows by {slope.median:.0f} bytes a request, at least {slope.low:.0f}")
+        for what, most in MAX_GROWTH.items():
+            values = [value for s in counted if (value := getattr(s.footprint, what)) is not None]
+            if values and grown(values) > most:
+                self.faults.append(f"{name} has {grown(values)} {_WORDS[what]} more than when warm")
+
+    def summary(self) -> str:
+        """Say of each process that was judged what it takes."""
+        return "; ".join(self._line(name, slope) for name, slope in self.slopes.items()) or "nobody lived long enough"
+
+    def _line(self, name: str, slope: Slope) -> str:
+        first, last = self.samples[name][0].footprint, self.samples[name][-1].footprint
+        counts = ", ".join(
+            f"{words} {getattr(first, what)} -> {getattr(last, what)}"
+            for what, words in _WORDS.items()
+            if getattr(last, what) is not None
+        )
+        return (
+            f"{name} {slope.median:+.0f} bytes/request [{slope.low:+.0f}, {slope.high:+.0f}], "
+            f"{last.rss_bytes / 2**20:.0f} MiB, {counts}"
+        )
