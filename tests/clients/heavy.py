@@ -82,7 +82,7 @@ def command_of(environment: Environment, server: Peek) -> list[str]:
     if environment.is_node:
         return ["node", str(HERE / "npm" / "drive.mjs"), f"{server.url}/v1", MODEL]
     if environment.name == "openai_generated":
-        return [sys.executable, "-m", "tests.clients.generated", "--url", server.url]
+        return [sys.executable, "-m", "tests.clients.generated"]  # wants names and a length of its own
     script = HERE / environment.name / "drive.py"
     return [str(environment.python), "-P", str(HERE / "run_checks.py"), str(script), f"{server.url}/v1", MODEL]
 
