@@ -35,7 +35,14 @@ BUDGET_S: Final = 900.0
 LOAD_NAMES: Final = ("aiperf", "guidellm", "evalscope", "vllm")
 NAMES: Final = (*LOAD_NAMES, "lm_eval")
 TASKS: Final = Path(__file__).with_name("lm_eval_tasks")
-_OFFLINE: Final = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "DO_NOT_TRACK": "1"}
+# One thread: those of a busy machine wait for each other far longer than they compute.
+_OFFLINE: Final = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "DO_NOT_TRACK": "1",
+    "OMP_NUM_THREADS": "1",
+}
 
 
 def load_command(name: str, url: str, tokenizer: Path, out: Path) -> list[str]:
