@@ -13,7 +13,7 @@ PYTHON ?= python3
 PACKAGES := protocol kernels model kvtransfer router engine prefill decode baton bench
 SOURCES := $(PACKAGES) examples tests scripts setup.py
 
-.PHONY: help env env-dev serve test test-golden faults lint check bench bench-peers bench-kernels bench-gpu clean
+.PHONY: help env env-dev serve test test-golden test-clients faults lint check bench bench-peers bench-kernels bench-gpu clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ test: env-dev ## run the tests
 
 test-golden: env-dev ## every golden prompt in every mode and format (a quarter of an hour)
 	@$(BIN)/python -m pytest -m matrix tests/e2e/test_golden.py $(ARGS)
+
+test-clients: env-dev ## real clients in environments of their own, made on demand (half an hour the first time)
+	@$(BIN)/python -m tests.clients.heavy $(ARGS)
 
 faults: env-dev ## every fault campaign, one after the other; TRIALS=20 decode kills and the rest in proportion
 	@$(BIN)/python -m tests.faults all --trials $(TRIALS) $(ARGS)
