@@ -16,6 +16,7 @@ import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -23,9 +24,11 @@ from baton.in_process import InProcess, configure
 from baton.outputs import CompletionOutput, Logprob, RequestOutput, logprobs_of
 from baton.sampling import SamplingParams
 from protocol.errors import InvalidRequest
+from protocol.readout import floats_of
 from router.api import ChatRequest, CompletionRequest, parse
 from router.bodies import body_of_fields
 from router.core import Core
+from router.embeddings import EmbeddingsRequest, embed
 from router.intake import Job
 from router.prompt_logprobs import ReadPrompts, read_prompts
 from router.switchboard import Session
@@ -199,6 +202,25 @@ class AsyncLLM:
         async with aclosing(self._stream(request, deltas)) as outputs:
             async for output in outputs:
                 yield output
+
+    async def embed(self, texts: str | Sequence[str], *, normalize: bool | None = None) -> list[list[float]]:
+        """Turn texts into vectors, in their order. Cancel-safe.
+
+        Args:
+            texts: one or many, at most as many as /v1/embeddings takes.
+            normalize: whether vectors have length 1; None is the model's own.
+
+        Raises:
+            RequestRejected, RequestFailed, EngineDead: as `generate` does.
+        """
+        await self.start()
+        arrived_s, given = time.monotonic(), [texts] if isinstance(texts, str) else list(texts)
+        if not given:
+            return []
+        body = body_of_fields({"model": self._engine.model_name, "input": given, "normalize": normalize})
+        make = partial(parse, body, EmbeddingsRequest)
+        found = await embed(self._engine.core, len(body), make, str, arrived_s)
+        return [floats_of(vector) for vector in found.vectors]
 
     async def abort(self, request_id: str) -> bool:
         """End a request: its reader gets RequestAborted. False if none of that id is open."""

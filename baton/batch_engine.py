@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 import msgspec
@@ -16,6 +17,7 @@ from router.api import ChatRequest, CompletionRequest, parse
 from router.core import Core
 from router.deciding import Inquiry, decide
 from router.decisions import DecisionsRequest, answer, inquiry_of
+from router.embeddings import EmbeddingsRequest, answer_of, embed
 from router.intake import Job
 from router.prompt_logprobs import read_prompts
 from router.response_request import ResponsesRequest
@@ -25,7 +27,6 @@ from router.text import Piece
 
 Kind = type[ChatRequest] | type[CompletionRequest] | type[ResponsesRequest]
 
-DECISIONS: Final = "/v1/decisions"
 _KINDS: Final[dict[str, Kind]] = {
     "/v1/chat/completions": ChatRequest,
     "/v1/completions": CompletionRequest,
@@ -42,12 +43,16 @@ class EngineTarget:
     async def answer(self, line: BatchLine) -> Reply:
         """Run one request; raises as `Target.answer` does, and EngineDead."""
         kind = _KINDS.get(line.url)
-        if kind is None and line.url != DECISIONS:
-            known = ", ".join([*_KINDS, DECISIONS])
+        read = _READ.get(line.url)
+        if kind is None and read is None:
+            known = ", ".join([*_KINDS, *_READ])
             raise BadLine("invalid_url", f"url: one of {known}, not {line.url[:64]!r}", line.custom_id)
         core, request_id, body = self._engine.core, secrets.token_hex(12), encode_json(line.body)
         try:
-            told = await (_decide(core, body) if kind is None else _whole(core, kind, body, request_id))
+            if read is not None:
+                told = await read(core, body)
+            elif kind is not None:
+                told = await _whole(core, kind, body, request_id)
             status = 200
         except (RequestRejected, RequestFailed) as error:
             if self._engine.failure is not None:
@@ -91,3 +96,15 @@ async def _decide(core: Core, body: bytes) -> bytes:
 
     verdict = await decide(core, len(body), make, time.monotonic())
     return answer(parsed[0], verdict)
+
+
+async def _embed(core: Core, body: bytes) -> bytes:
+    """Return the answer to a body of /v1/embeddings; as `_whole`."""
+    found = await embed(core, len(body), lambda: parse(body, EmbeddingsRequest), str, time.monotonic())
+    return await core.off_loop(found.num_bytes, lambda: answer_of(found))
+
+
+_READ: Final[dict[str, Callable[[Core, bytes], Awaitable[bytes]]]] = {
+    "/v1/decisions": _decide,
+    "/v1/embeddings": _embed,
+}

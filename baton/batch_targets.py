@@ -19,6 +19,8 @@ from baton.batch import BadLine, BatchLine, Reply, Response, Unreachable
 LOWEST_PRIORITY: Final = (1 << 31) - 1
 CONNECT_BUDGET_S: Final = 10.0
 _PREFIX: Final = "/v1/"
+# These know no priority, and say nothing of whether others do.
+_WITHOUT_PRIORITY: Final = frozenset({"/v1/decisions", "/v1/embeddings"})
 
 
 class ServerTarget:
@@ -47,7 +49,7 @@ class ServerTarget:
         """Send one request; raises as `Target.answer` does."""
         if not line.url.startswith(_PREFIX):
             raise BadLine("invalid_url", f"url: must begin with {_PREFIX}, not {line.url[:64]!r}", line.custom_id)
-        if not self._has_priorities or "priority" in line.body:
+        if not self._has_priorities or "priority" in line.body or line.url in _WITHOUT_PRIORITY:
             return await self._post(line.url, line.body)
         reply = await self._post(line.url, {**line.body, "priority": LOWEST_PRIORITY})
         if reply.response.status_code != 400 or not _is_about_priority(reply.response.body):

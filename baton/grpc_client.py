@@ -26,6 +26,8 @@ from router.rpc import baton_v1_pb2 as pb
 from router.rpc import baton_v1_pb2_grpc as rpc
 
 SERVICE: Final = "baton.v1.Baton"
+# Two thousand vectors are more than the 4 MiB that a channel takes by default.
+_OPTIONS: Final = (("grpc.max_receive_message_length", -1),)
 
 
 class CallRefused(BatonError):
@@ -61,6 +63,17 @@ def decide_request(fields: Mapping[str, Any]) -> pb.DecideRequest:
     return request
 
 
+def embed_request(fields: Mapping[str, Any]) -> pb.EmbedRequest:
+    """Make a request of keyword arguments; `input` is one text, or a list of texts or of lists of token ids.
+
+    Raises:
+        ValueError, TypeError: there is no such field, or its value has another type.
+    """
+    fields = dict(fields)
+    given = fields.pop("input", ())
+    return pb.EmbedRequest(**fields, input=[_prompt(one) for one in ([given] if isinstance(given, str) else given)])
+
+
 def request_of(fields: Mapping[str, Any]) -> pb.GenerateRequest:
     """Make a request of keyword arguments; messages may be mappings with role and content, prompts text or token ids.
 
@@ -87,7 +100,7 @@ class Client:
     """
 
     def __init__(self, address: str, metadata: Mapping[str, str] | None = None, channel: Any = None) -> None:
-        self._own = grpc.insecure_channel(address) if channel is None else None
+        self._own = grpc.insecure_channel(address, options=_OPTIONS) if channel is None else None
         self._channel = channel or self._own
         self._metadata = tuple((metadata or {}).items())
         self._stub = rpc.BatonStub(self._channel)
@@ -125,6 +138,22 @@ class Client:
             )
             return answer
 
+    def embed(self, timeout_s: float | None = None, **fields: Any) -> pb.EmbedResponse:
+        """Turn texts into vectors.
+
+        Args:
+            timeout_s: the request's deadline.
+            fields: of `EmbedRequest`; `input` is one text, or a list of texts or of lists of token ids.
+
+        Raises:
+            CallRefused: the server refused it, or could not complete it in time.
+        """
+        with _refusals():
+            answer: pb.EmbedResponse = self._stub.Embed(
+                embed_request(fields), timeout=timeout_s, metadata=self._metadata
+            )
+            return answer
+
     def abort(self, request_id: str) -> bool:
         """End a request by its id; tell whether it was open. Raises CallRefused."""
         with _refusals():
@@ -154,7 +183,7 @@ class AsyncClient:
     """The same on one asyncio event loop. Arguments as for `Client`; a channel of the caller's own is of `grpc.aio`."""
 
     def __init__(self, address: str, metadata: Mapping[str, str] | None = None, channel: Any = None) -> None:
-        self._own = grpc.aio.insecure_channel(address) if channel is None else None
+        self._own = grpc.aio.insecure_channel(address, options=_OPTIONS) if channel is None else None
         self._channel = channel or self._own
         self._metadata = tuple((metadata or {}).items())
         self._stub = rpc.BatonStub(self._channel)
@@ -174,6 +203,13 @@ class AsyncClient:
         with _refusals():
             request = decide_request(fields)
             answer: pb.DecideResponse = await self._stub.Decide(request, timeout=timeout_s, metadata=self._metadata)
+            return answer
+
+    async def embed(self, timeout_s: float | None = None, **fields: Any) -> pb.EmbedResponse:
+        """Turn texts into vectors, as `Client.embed` does; cancel-safe."""
+        with _refusals():
+            request = embed_request(fields)
+            answer: pb.EmbedResponse = await self._stub.Embed(request, timeout=timeout_s, metadata=self._metadata)
             return answer
 
     async def abort(self, request_id: str) -> bool:

@@ -108,6 +108,10 @@ class LLM:
         ]
         return self._run(requests, show_progress)
 
+    def embed(self, texts: str | Sequence[str], *, normalize: bool | None = None) -> list[list[float]]:
+        """Turn texts into vectors, in their order; as `AsyncLLM.embed`."""
+        return self._thread.run(self._engine.embed(texts, normalize=normalize))
+
     def _run(self, requests: list[Request], show_progress: bool | None) -> list[RequestOutput]:
         with _progress(len(requests), sys.stderr.isatty() if show_progress is None else show_progress) as progress:
             return self._thread.run(self._run_all(requests, progress))

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import base64
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
@@ -167,43 +169,84 @@ class EmbeddingRoutes:
         core = self._core
         await core.started()
         body = await self._read(request)
-        parsed: list[EmbeddingsRequest] = []
-
-        def make(max_model_len: int) -> list[ReadQuery]:
-            parsed.append(parse(body, EmbeddingsRequest))
-            core.intake.check_model(parsed[0].model)
-            card = core.embedding_card()
-            # A decoder's context has room for one token of output, which an encoder's has not.
-            max_tokens = max_model_len if card.is_encoder else max_model_len - 1
-            return EmbeddingInputs(core.tokenizer, max_tokens, card).queries(parsed[0])
-
-        queries = await core.admit_readouts(len(body), make, embeds=True)
-        vectors: list[bytes] = []
-        size = min(PART_INPUTS, core.max_num_requests)
-        salt = self._salt(request, parsed[0].cache_salt or "")
-        for first in range(0, len(queries), size):
-            vectors += await self._vectors(queries[first : first + size], salt, arrived_s)
-        num_tokens = sum(query.num_tokens for query in queries)
-        num_bytes = sum(map(len, vectors))
-        answer = await core.off_loop(num_bytes, lambda: answer_of(parsed[0], vectors, num_tokens))
+        found = await embed(
+            core, len(body), lambda: parse(body, EmbeddingsRequest), partial(self._salt, request), arrived_s
+        )
+        answer = await core.off_loop(found.num_bytes, lambda: answer_of(found))
         return web.Response(body=answer, content_type="application/json")
 
-    async def _vectors(self, queries: Sequence[ReadQuery], salt: str, arrived_s: float) -> list[bytes]:
-        session = self._core.open_readouts(queries, salt, arrived_s)
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """What became of a request.
+
+    Attributes:
+        vectors: of each input in order, little-endian float32.
+        num_tokens: of all inputs.
+    """
+
+    request: EmbeddingsRequest
+    vectors: list[bytes]
+    num_tokens: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all vectors."""
+        return sum(map(len, self.vectors))
+
+
+async def embed(
+    core: Core,
+    num_bytes: int,
+    make: Callable[[], EmbeddingsRequest],
+    salt: Callable[[str], str],
+    arrived_s: float,
+) -> Embedded:
+    """Embed the inputs of a request; on cancellation every readout of it is cancelled.
+
+    Args:
+        core: of the router.
+        num_bytes: length of what the client sent.
+        make: parses it; may run in a thread.
+        salt: makes of a client's salt one that no other tenant has.
+        arrived_s: on the monotonic clock.
+
+    Raises:
+        RequestRejected, RequestFailed: it cannot be taken, or cannot be completed.
+    """
+    await core.started()
+
+    def prepare(max_model_len: int) -> tuple[EmbeddingsRequest, list[ReadQuery]]:
+        request = make()
+        core.intake.check_model(request.model)
+        card = core.embedding_card()
+        # A decoder's context has room for one token of output, which an encoder's has not.
+        max_tokens = max_model_len if card.is_encoder else max_model_len - 1
+        return request, EmbeddingInputs(core.tokenizer, max_tokens, card).queries(request)
+
+    request, queries = await core.admit_readouts(num_bytes, prepare, embeds=True)
+    vectors: list[bytes] = []
+    size, cache_salt = min(PART_INPUTS, core.max_num_requests), salt(request.cache_salt or "")
+    for first in range(0, len(queries), size):
+        session = core.open_readouts(queries[first : first + size], cache_salt, arrived_s)
         try:
-            return [readings.embedding for readings in await session.readings()]
+            vectors += [readings.embedding for readings in await session.readings()]
         finally:
             session.close()
+    return Embedded(request, vectors, sum(query.num_tokens for query in queries))
 
 
-def answer_of(request: EmbeddingsRequest, vectors: Sequence[bytes], num_tokens: int) -> bytes:
+def answer_of(found: Embedded) -> bytes:
     """Return the body of the response."""
     shape: Callable[[bytes], Any] = floats_of
-    if request.encoding_format == "base64":
+    if found.request.encoding_format == "base64":
         shape = lambda vector: base64.b64encode(vector).decode()  # noqa: E731
-    data = [{"object": "embedding", "index": index, "embedding": shape(vector)} for index, vector in enumerate(vectors)]
-    usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
-    return encode_json({"object": "list", "data": data, "model": request.model, "usage": usage})
+    data = [
+        {"object": "embedding", "index": index, "embedding": shape(vector)}
+        for index, vector in enumerate(found.vectors)
+    ]
+    usage = {"prompt_tokens": found.num_tokens, "total_tokens": found.num_tokens}
+    return encode_json({"object": "list", "data": data, "model": found.request.model, "usage": usage})
 
 
 def _split(given: str | list[str | int | list[int]]) -> list[str | list[int]]:

@@ -45,7 +45,9 @@ from router.config import RouterConfig
 from router.core import Core
 from router.deciding import Inquiry, decide
 from router.decisions import DecisionsRequest, answer, inquiry_of
+from router.embeddings import EmbeddingsRequest, embed
 from router.grpc_decisions import decide_response, decisions_body
+from router.grpc_embeddings import embed_response, embeddings_body
 from router.grpc_messages import MessageShape, body_of
 from router.intake import Job
 from router.prompt_logprobs import read_prompts
@@ -190,6 +192,26 @@ class BatonService(rpc.BatonServicer):  # type: ignore[misc, unused-ignore]
         except (RequestRejected, RequestFailed) as error:
             await _refuse(context, error)
             raise
+
+    async def Embed(self, request: pb.EmbedRequest, context: Any) -> pb.EmbedResponse:
+        """Turn texts into vectors."""
+        try:
+            return await self._embed(request, context)
+        except (RequestRejected, RequestFailed) as error:
+            await _refuse(context, error)
+            raise
+
+    async def _embed(self, request: pb.EmbedRequest, context: Any) -> pb.EmbedResponse:
+        arrived_s, tenant, told = time.monotonic(), self._tenant(context), _told(context)
+
+        def make() -> EmbeddingsRequest:
+            return parse(body_of_fields(embeddings_body(request, self._model)), EmbeddingsRequest)
+
+        def salt(cache_salt: str) -> str:
+            return self._access.salt(tenant, cache_salt or told.get("cache_salt", ""))
+
+        found = await embed(self._core, request.ByteSize(), make, salt, arrived_s)
+        return await self._core.off_loop(found.num_bytes, lambda: embed_response(found))
 
     async def _decide(self, request: pb.DecideRequest, context: Any) -> pb.DecideResponse:
         arrived_s, tenant, told = time.monotonic(), self._tenant(context), _told(context)

@@ -44,6 +44,11 @@ class BatonStub:
                 request_serializer=router_dot_rpc_dot_baton__v1__pb2.DecideRequest.SerializeToString,
                 response_deserializer=router_dot_rpc_dot_baton__v1__pb2.DecideResponse.FromString,
                 _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/baton.v1.Baton/Embed',
+                request_serializer=router_dot_rpc_dot_baton__v1__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=router_dot_rpc_dot_baton__v1__pb2.EmbedResponse.FromString,
+                _registered_method=True)
         self.Abort = channel.unary_unary(
                 '/baton.v1.Baton/Abort',
                 request_serializer=router_dot_rpc_dot_baton__v1__pb2.AbortRequest.SerializeToString,
@@ -68,6 +73,13 @@ class BatonServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Embed(self, request, context):
+        """Turn texts into vectors: what /v1/embeddings does.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Abort(self, request, context):
         """End a request by its id, whoever opened it.
         """
@@ -87,6 +99,11 @@ def add_BatonServicer_to_server(servicer, server):
                     servicer.Decide,
                     request_deserializer=router_dot_rpc_dot_baton__v1__pb2.DecideRequest.FromString,
                     response_serializer=router_dot_rpc_dot_baton__v1__pb2.DecideResponse.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=router_dot_rpc_dot_baton__v1__pb2.EmbedRequest.FromString,
+                    response_serializer=router_dot_rpc_dot_baton__v1__pb2.EmbedResponse.SerializeToString,
             ),
             'Abort': grpc.unary_unary_rpc_method_handler(
                     servicer.Abort,
@@ -148,6 +165,33 @@ class Baton:
             '/baton.v1.Baton/Decide',
             router_dot_rpc_dot_baton__v1__pb2.DecideRequest.SerializeToString,
             router_dot_rpc_dot_baton__v1__pb2.DecideResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.v1.Baton/Embed',
+            router_dot_rpc_dot_baton__v1__pb2.EmbedRequest.SerializeToString,
+            router_dot_rpc_dot_baton__v1__pb2.EmbedResponse.FromString,
             options,
             channel_credentials,
             insecure,

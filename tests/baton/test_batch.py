@@ -156,6 +156,16 @@ async def test_a_server_without_priorities_is_asked_without() -> None:
     assert [one["response"]["status_code"] for one in found] == [200, 200] and got == [True, False, False]
 
 
+async def test_embeddings_are_asked_without_a_priority_and_others_keep_theirs() -> None:
+    async with server(echo) as target:
+        lines = [line("v", url="/v1/embeddings", input="x"), line("a", prompt="x")]
+        found = await results(target, lines, num_open=1)
+    assert [one["response"]["body"]["got"] for one in found] == [
+        {"input": "x"},
+        {"prompt": "x", "priority": LOWEST_PRIORITY},
+    ]
+
+
 async def test_no_more_than_so_many_are_open_and_read() -> None:
     class Gate:
         num_open = most = num_read = 0
@@ -248,6 +258,7 @@ def test_an_engine_of_its_own_answers_as_http_would(cache_dir: Path, tmp_path: P
     lines = [line(f"f{i}", **france) for i in range(20)]
     lines += [line("chat", url="/v1/chat/completions", **hi), line("other", **{**france, "model": "x"})]
     lines += [line("bad", **{**france, "top_p": 7}), line("where", url="/v1/moderations", input="x")]
+    lines += [line("vector", url="/v1/embeddings", model="m", input=["hi", "ho"])]
     source.write_bytes(b"".join(lines))
     options = ["--num-kv-blocks", "128", "--threads", "1", "--served-model-name", "m", "--cache-dir", str(cache_dir)]
     assert main([str(source), str(out), "smollm2", *options]) == 0
@@ -260,6 +271,8 @@ def test_an_engine_of_its_own_answers_as_http_would(cache_dir: Path, tmp_path: P
     assert found["other"]["response"]["status_code"] == 404
     assert found["bad"]["response"]["body"]["error"]["param"] == "top_p"
     assert found["where"]["error"]["code"] == "invalid_url"
+    vectors = found["vector"]["response"]["body"]["data"]
+    assert [(one["index"], len(one["embedding"])) for one in vectors] == [(0, 576), (1, 576)]
     before = out.read_bytes()
     assert main([str(source), str(out), "smollm2", "--resume", *options]) == 0
     assert out.read_bytes() == before

@@ -94,6 +94,14 @@ def test_chat_takes_one_conversation_or_many(llm: LLM) -> None:
     assert [o.outputs for o in llm.chat([hi, hi], [GREEDY, GREEDY])] == [one.outputs] * 2
 
 
+def test_texts_become_vectors(llm: LLM) -> None:
+    one, two = llm.embed(["The sea", FRANCE])
+    assert len(one) == len(two) == 576 and one != two and abs(sum(x * x for x in one) - 1) < 1e-3
+    assert llm.embed("The sea") == [one] and llm.embed([]) == []
+    with pytest.raises(InvalidRequest, match="input"):
+        llm.embed([""])
+
+
 def test_what_cannot_be_run_names_its_field(llm: LLM) -> None:
     for bad, param in (
         (SamplingParams(temperature=-1), "temperature"),

@@ -47,7 +47,7 @@ async def _embed(worker: ScriptedWorker) -> Prefill:
     return prefill
 
 
-async def _serve(worker: ScriptedWorker, num_texts: int) -> list[Prefill]:
+async def serve(worker: ScriptedWorker, num_texts: int) -> list[Prefill]:
     return [await _embed(worker) for _ in range(num_texts)]
 
 
@@ -130,7 +130,7 @@ async def test_texts_and_token_ids_become_vectors(tokenizer: Tokenizer, encoding
         ):
             body = _body(given, user="me", **({"encoding_format": encoding} if encoding else {}))
             asking = asyncio.create_task(stage.post(PATH, body))
-            seen = await _serve(prefill, len(prompts))
+            seen = await serve(prefill, len(prompts))
             status, answer, _ = await asking
             assert status == 200 and answer["object"] == "list" and answer["model"] == "m", answer
             assert sorted(list(p.prompt) for p in seen) == sorted(prompts)
@@ -162,7 +162,7 @@ async def test_many_inputs_are_read_a_window_at_a_time_and_cancelled_together(to
         prefill, _ = await stage.pair(embedding=DECODER_CARD, max_num_seqs=512, num_blocks=1000)
         texts = [f"text {i}" for i in range(2 * PART_INPUTS + 5)]
         asking = asyncio.create_task(stage.post(PATH, _body(texts)))
-        await _serve(prefill, len(texts))
+        await serve(prefill, len(texts))
         status, answer, _ = await asking
         assert status == 200 and [e["embedding"][0] for e in answer["data"]] == [len(byte_ids(t)) for t in texts]
         asking = asyncio.create_task(stage.post(PATH, _body(texts)))

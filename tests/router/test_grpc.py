@@ -16,13 +16,15 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from protocol.request import FinishReason, TokenLogprobs
-from protocol.wire import Prefill, Reserve
+from protocol.wire import Abort, Prefill, Reserve
 from router.api import ChatRequest, CompletionRequest
+from router.embeddings import EmbeddingsRequest
 from router.grpc_messages import body_of
 from router.rpc import baton_v1_pb2 as pb
 from router.rpc import baton_v1_pb2_grpc as rpc
 from router.tokenizer import Tokenizer
 from scripts.grpc_code import main as grpc_code
+from tests.router.test_embeddings import DECODER_CARD, serve
 from tests.router.tiny import byte_id, byte_ids
 from tests.router.workers import LENGTH, ScriptedWorker, Stage, aborted, answer, staged
 
@@ -69,6 +71,9 @@ def test_every_field_has_its_name_over_http() -> None:
     ours = {field.name for field in pb.GenerateRequest.DESCRIPTOR.fields} - renamed
     theirs = {*ChatRequest.__struct_fields__, *CompletionRequest.__struct_fields__}
     assert ours - theirs == set()
+    assert {f.name for f in pb.EmbedRequest.DESCRIPTOR.fields} == {*EmbeddingsRequest.__struct_fields__} - {
+        "encoding_format"
+    }
     in_another_way = {"stream", "stream_options", "max_completion_tokens", "top_logprobs"}
     assert {name for name in theirs - ours if not name.startswith("guided_")} == in_another_way
 
@@ -160,6 +165,54 @@ async def test_metadata_name_a_request_and_its_salt(on_grpc: GrpcStage) -> None:
     assert [message.id async for message in call][-1] == "cmpl-r-1"
     assert ("x-request-id", "r-1") in tuple(await call.initial_metadata())
     assert submitted.cache_salt == "acme"
+
+
+async def test_embed_says_what_http_says_and_cancels(on_grpc: GrpcStage) -> None:
+    prefill, _ = await on_grpc.stage.pair(embedding=DECODER_CARD)
+    texts = [pb.Prompt(text="hi"), pb.Prompt(text="abc")]
+    ids = [pb.Prompt(token_ids=pb.TokenIds(ids=[5, 6])), pb.Prompt(token_ids=pb.TokenIds(ids=[7]))]
+    for inputs, plain in ((texts, ["hi", "abc"]), (ids, [[5, 6], [7]])):
+        asked = pb.EmbedRequest(input=inputs, normalize=False, truncate_prompt_tokens=2, dimensions=3, user="me")
+        call = asyncio.create_task(_ask(on_grpc.stub.Embed(asked, metadata=(("x-cache-salt", "acme"),))))
+        seen = await serve(prefill, 2)
+        answer = await call
+        assert {one.cache_salt for one in seen} == {"acme"} and answer.model == "m"
+        body = {"model": "m", "input": plain, "normalize": False, "truncate_prompt_tokens": 2, "cache_salt": "acme"}
+        asking = asyncio.create_task(on_grpc.stage.post("/v1/embeddings", body))
+        assert [one.prompt for one in await serve(prefill, 2)] == [one.prompt for one in seen]
+        _, told, _ = await asking
+        found = [{"object": "embedding", "index": e.index, "embedding": list(e.embedding)} for e in answer.data]
+        assert found == told["data"]
+        usage = {"prompt_tokens": answer.usage.prompt_tokens, "total_tokens": answer.usage.total_tokens}
+        assert usage == told["usage"]
+    call = on_grpc.stub.Embed(pb.EmbedRequest(input=texts))
+    await prefill.hear(Prefill)
+    call.cancel()
+    await prefill.hear(Abort)
+    await on_grpc.stage.until(lambda: on_grpc.stage.router.switchboard.num_requests == 0)
+
+
+async def _ask(call: Any) -> Any:
+    return await call
+
+
+async def test_what_cannot_be_embedded_is_refused_as_http_does(on_grpc: GrpcStage) -> None:
+    await on_grpc.stage.pair(embedding=DECODER_CARD)
+    a, code = pb.Prompt(text="a"), grpc.StatusCode
+    cases: list[tuple[dict[str, Any], grpc.StatusCode, str]] = [
+        ({}, code.INVALID_ARGUMENT, "input"),
+        ({"input": [pb.Prompt()]}, code.INVALID_ARGUMENT, "input"),
+        ({"input": [a, pb.Prompt(token_ids=pb.TokenIds(ids=[1]))]}, code.INVALID_ARGUMENT, "input"),
+        ({"input": [pb.Prompt(text="x" * 300)]}, code.INVALID_ARGUMENT, "input"),
+        ({"input": [a], "dimensions": 2}, code.INVALID_ARGUMENT, "dimensions"),
+        ({"input": [a], "truncate_prompt_tokens": -2}, code.INVALID_ARGUMENT, "truncate_prompt_tokens"),
+        ({"input": [a], "model": "other"}, code.NOT_FOUND, "model"),
+    ]
+    for fields, status, field in cases:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await on_grpc.stub.Embed(pb.EmbedRequest(**fields))
+        error = caught.value
+        assert (error.code(), dict(error.trailing_metadata() or ())["baton-field"]) == (status, field), fields
 
 
 # --- what is refused ---
