@@ -22,7 +22,6 @@ pytestmark = [pytest.mark.e2e, pytest.mark.model, pytest.mark.ucx, pytest.mark.s
 
 CHAT = "/v1/chat/completions"
 HI = [{"role": "user", "content": "hi"}]
-TOOLS = [{"type": "function", "function": {"name": "f"}}]
 
 
 def _is_quiet(server: Server) -> bool:
@@ -97,7 +96,9 @@ BAD_REQUESTS: list[tuple[str, Any, int, str | None]] = [
     (CHAT, {"model": "smollm2", "messages": HI, "logit_bias": {"foo": 0}}, 400, "logit_bias"),
     (CHAT, {"model": "smollm2", "messages": HI, "logit_bias": {"49999": 1}}, 400, "logit_bias"),
     (CHAT, {"model": "smollm2", "messages": HI, "stop": ["x"] * 1000}, 400, "stop"),
-    (CHAT, {"model": "smollm2", "messages": HI, "tools": TOOLS}, 400, "tools"),
+    (CHAT, {"model": "smollm2", "messages": HI, "tools": [{"type": "retrieval"}]}, 400, "tools"),
+    (CHAT, {"model": "smollm2", "messages": HI, "tool_choice": "required"}, 400, "tool_choice"),
+    (CHAT, {"model": "smollm2", "messages": HI, "response_format": {"type": "xml"}}, 400, "response_format"),
     ("/v1/completions", {"model": "smollm2", "prompt": ""}, 400, "prompt"),
     ("/v1/completions", {"model": "smollm2", "prompt": []}, 400, "prompt"),
     ("/v1/completions", {"model": "smollm2", "prompt": [10**6]}, 400, "prompt"),
