@@ -49,7 +49,7 @@ PURPOSE: Final = "peer"
 DEFAULTS: Final = {
     "UCX_RNDV_THRESH": "8192",
     "UCX_WARN_UNUSED_ENV_VARS": "n",
-    "UCX_LOG_FILE": "/dev/stderr",  # UCX would mix its warnings into standard output
+    "UCX_LOG_FILE": "stderr",  # else standard output; as a path it would be opened anew, and a log file emptied
     "UCX_POSIX_ERROR_HANDLING": "y",  # without these two UCX drops shared memory, or copies it piecemeal
     "UCX_CMA_MEMORY_INVALIDATE": "y",
 }

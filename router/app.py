@@ -106,10 +106,10 @@ class Router:
         if has_successor:
             self._is_handing_over = True
             await asyncio.gather(*(site.stop() for site in self._runners[-1].sites))
+            if self._grpc is not None:
+                self._grpc.drain()
         else:
             self.switchboard.is_draining = True
-        if self._grpc is not None:
-            self._grpc.drain()
         with suppress(TimeoutError):
             async with asyncio.timeout(self._config.drain_s):
                 await self.switchboard.idle.wait()

@@ -134,7 +134,7 @@ class GrpcServer:
         return server
 
     def drain(self) -> None:
-        """Take no new call and let running ones go on; `close` waits for them no longer."""
+        """Give the port up to a successor and let running calls go on; `close` waits for them no longer."""
         self._draining = asyncio.create_task(self._server.stop(self._config.drain_s))
 
     async def close(self) -> None:

@@ -53,6 +53,11 @@ def on(server: Server, ask: Callable[[aiohttp.ClientSession, Ledger], Awaitable[
     asyncio.run(run())
 
 
+def until_idle(server: Server) -> None:
+    """Wait until heartbeats say that nobody runs a stream: what they say of an earlier one is no news of the next."""
+    wait_until(lambda: not any(w["num_running"] for w in server.workers()), 10.0, "idle workers")
+
+
 def busy_pid(server: Server) -> int:
     """Return the process of the one decode worker that runs the only stream, once its heartbeat has said so."""
     found: list[dict[str, Any]] = wait_until(

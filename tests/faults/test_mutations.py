@@ -14,7 +14,7 @@ import pytest
 from tests.e2e.server import Server
 from tests.faults import bits
 from tests.faults.ledger import Ledger, Record, Request
-from tests.faults.mutated import busy_pid, flips, mutated, on
+from tests.faults.mutated import busy_pid, flips, mutated, on, until_idle
 from tests.faults.phases import Cluster
 from tests.faults.trials import Trial, run_trial
 
@@ -82,6 +82,7 @@ def test_without_fencing_a_worker_that_wakes_up_doubles_tokens(tmp_path: Path, c
         async def ask(_: aiohttp.ClientSession, ledger: Ledger) -> None:
             request = Request("The longest road in the country", 400, 0.0, 1)
             oracle = await ledger.oracle(request)
+            await asyncio.to_thread(until_idle, server)
             record = Record(request)
             running = asyncio.create_task(ledger.stream(request, record))
             while len(record.token_ids) < 20:

@@ -12,6 +12,7 @@ from tests.e2e.client import session
 from tests.e2e.server import Server, wait_until
 from tests.faults import network
 from tests.faults.ledger import Ledger, Record, Request
+from tests.faults.mutated import until_idle
 from tests.faults.network import Cluster
 
 pytestmark = [pytest.mark.e2e, pytest.mark.model, pytest.mark.ucx, pytest.mark.slow]
@@ -78,6 +79,7 @@ async def tokens(record: Record, num_tokens: int) -> None:
 
 def whole(cluster: Cluster) -> None:
     wait_until(lambda: len(cluster.server.workers()) == NUM_PREFILL + NUM_DECODE, 30.0, "everybody back")
+    until_idle(cluster.server)
 
 
 async def nothing(_: Record) -> None:

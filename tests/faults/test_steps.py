@@ -13,12 +13,12 @@ import pytest
 
 from tests.e2e.server import Server, wait_until
 from tests.faults.ledger import Ledger, Record, Request
-from tests.faults.mutated import busy_pid, mutated, on
+from tests.faults.mutated import busy_pid, mutated, on, until_idle
 from tests.faults.trials import NUM_DECODE, NUM_PREFILL, Trial, run_trial
 
 pytestmark = [pytest.mark.e2e, pytest.mark.model, pytest.mark.ucx, pytest.mark.slow]
 
-REQUEST = Request("The longest road in the country", 300, 0.8, 3)
+REQUEST = Request("The longest road in the country", 900, 0.8, 3)  # it must still run when its worker is found busy
 STALL_S = 2.0
 SUCCESSOR_BUDGET_S = 60.0
 
@@ -37,6 +37,7 @@ def struck(server: Server, number: signal.Signals) -> tuple[list[str], int]:
 
     async def ask(_: aiohttp.ClientSession, ledger: Ledger) -> None:
         oracle, record = await ledger.oracle(REQUEST), Record(REQUEST)
+        await asyncio.to_thread(until_idle, server)
         running = asyncio.create_task(ledger.stream(REQUEST, record))
         while len(record.token_ids) < 20:
             await asyncio.sleep(0.001)

@@ -248,7 +248,7 @@ def test_a_directory_without_tokenizer_or_with_a_damaged_one_is_a_clear_error(tm
 def test_a_decoder_of_unknown_kind_is_refused(tmp_path: Path) -> None:
     tokenizer = HfTokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.decoder = decoders.CTC()
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ConfigError, match="decoder"):
         Tokenizer(tmp_path)

@@ -1,4 +1,4 @@
-"""What the checksum of each piece of KV costs beside the copy that any hand-off needs: `python -m bench.checksum`.
+"""What a piece's checksum costs beside the copy that any hand-off needs: `python -m bench.kernels.checksum`.
 
 1. A slot's worth of blocks is copied out of memory much larger than a cache, as the sender's gather does.
 2. The slot is summed up, by each checksum. 3. Both in turns, on one thread's CPU time; medians, and the ratio.
@@ -30,7 +30,7 @@ def busy_us(call: Callable[[], object]) -> float:
 
 def main() -> int:
     """Measure and print a line for each."""
-    parser = argparse.ArgumentParser(prog="python -m bench.checksum", description="The cost of checksums.")
+    parser = argparse.ArgumentParser(prog="python -m bench.kernels.checksum", description="The cost of checksums.")
     parser.add_argument("--slot-mib", type=int, default=2, help="size of a slot (2)")
     parser.add_argument("--rounds", type=int, default=200, help="turns of each (200)")
     parser.add_argument("--token-bytes", type=int, default=23_040, help="KV of one token (SmolLM2 in float16: 23040)")
