@@ -88,6 +88,7 @@ class Nursery:
         self._is_settled = asyncio.Event()
         self._turn = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
+        self._process: asyncio.subprocess.Process | None = None
         self.pid: int | None = None
 
     def start(self) -> None:
@@ -116,6 +117,8 @@ class Nursery:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+        if self._process is not None:  # killed by now; the task may have been cancelled while it waited for that
+            await self._process.wait()
 
     async def _ask(self, nursery: socket.socket, arguments: Sequence[str], output_fd: int) -> AdoptedProcess | None:
         loop = asyncio.get_running_loop()
@@ -144,7 +147,7 @@ class Nursery:
             ours.setblocking(False)
             with ours:
                 with theirs:
-                    process = await self._start(theirs.fileno())
+                    process = self._process = await self._start(theirs.fileno())
                 self.pid = process.pid
                 try:
                     is_ready = await self._hear_ready(ours)

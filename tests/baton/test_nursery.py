@@ -83,6 +83,10 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+def own_children() -> set[str]:
+    return set(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
+
+
 def command_line(pid: int) -> bytes:
     return Path(f"/proc/{pid}/cmdline").read_bytes()
 
@@ -147,9 +151,11 @@ async def test_a_nursery_that_cannot_come_up_is_not_tried_again(
         "import threading, time\nthreading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
     )
     nursery = Nursery({**child_environment(), "PYTHONPATH": f"{tmp_path}:{child_environment()['PYTHONPATH']}"})
+    before = own_children()
     nursery.start()
     assert await nursery.fork(("decode",), 1) is None and nursery.pid is None
     await nursery.close()
+    assert own_children() == before, "killed, and reaped as well"
     assert "an import has started threads" in capfd.readouterr().err
 
 
