@@ -134,7 +134,7 @@ class ToolUse:
         for i, function in enumerate(self.functions):
             # The whole schema lies under a name of its own, and what it refers to in itself is found there.
             name = f"arguments_{i}"
-            definitions[name] = _moved(function.parameters or _NO_ARGUMENTS, f"#/$defs/{name}")
+            definitions[name] = {"type": "object", **_moved(function.parameters or _NO_ARGUMENTS, f"#/$defs/{name}")}
             properties = {"name": {"const": function.name}, "arguments": {"$ref": f"#/$defs/{name}"}}
             calls.append(
                 {
@@ -259,6 +259,8 @@ def _functions(tools: Sequence[ToolDefinition]) -> tuple[FunctionDefinition, ...
         if any(tool.function.name == other.name for other in functions):
             raise InvalidRequest(f"tools[{i}].function.name: {tool.function.name!r} is there twice", "tools")
         check_depth(tool.function.parameters, f"tools[{i}].function.parameters", "tools")
+        if (tool.function.parameters or {}).get("type", "object") != "object":
+            raise InvalidRequest(f"tools[{i}].function.parameters.type: arguments are an object", "tools")
         functions.append(tool.function)
     return tuple(functions)
 

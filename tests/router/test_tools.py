@@ -96,6 +96,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools"),
     ({"tools": [{"type": "function", "function": {"name": "x" * 65}}]}, "tools"),
     ({"tools": [{"type": "function", "function": {"name": "a", "parameters": []}}]}, "tools"),
+    ({"tools": [{"type": "function", "function": {"name": "a", "parameters": {"type": "string"}}}]}, "tools"),
     ({"tools": [TOOL] * 129}, "tools"),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"tools": [TOOL], "tool_choice": "any"}, "tool_choice"),
@@ -147,6 +148,10 @@ def test_a_forced_call_is_bound_by_a_grammar(tokenizer: Tokenizer) -> None:
     assert accepts(named, '[{"name": "wait", "arguments": {}}]')
     assert not accepts(named, '[{"name": "look", "arguments": {"at": "x"}}]')
     assert grammar_of(tools=[TOOL]) is None
+    free = {"type": "function", "function": {"name": "free", "parameters": {"description": "anything"}}}
+    untyped = grammar_of(tools=[free], tool_choice="required")
+    assert accepts(untyped, '[{"name": "free", "arguments": {"a": 1}}]')
+    assert not accepts(untyped, '[{"name": "free", "arguments": "text"}]'), "arguments are an object, said or not"
 
 
 def test_schemas_that_refer_to_themselves_are_moved_as_they_are() -> None:
