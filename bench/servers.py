@@ -125,8 +125,8 @@ def _reason(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def own_server(model: str = "smollm2") -> Iterator[str]:
-    """Start `baton serve MODEL` on a free port, yield its address when it is ready, and end it.
+def own_server(model: str = "smollm2", *options: str) -> Iterator[str]:
+    """Start `baton serve MODEL` with these options on a free port, yield its address when it is ready, and end it.
 
     Raises:
         ConfigError: it ended or did not become ready in time; what it printed is on standard error.
@@ -135,7 +135,7 @@ def own_server(model: str = "smollm2") -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "baton", "serve", model, "--port", str(port)]
+    command = [sys.executable, "-m", "baton", "serve", model, "--port", str(port), *options]
     process = subprocess.Popen(command, stdout=sys.stderr)
     try:
         give_up_s = time.monotonic() + READY_BUDGET_S

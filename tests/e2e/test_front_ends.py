@@ -227,6 +227,19 @@ def test_decisions_are_those_of_http(sides: Sides) -> None:
     assert answer.usage.input_tokens == told["usage"]["input_tokens"] and answer.model == "smollm2"
 
 
+def test_vectors_are_those_of_http(sides: Sides, llm: LLM) -> None:
+    texts = [PROMPT, "A bicycle."]
+    body = {"model": "smollm2", "input": texts, "encoding_format": "float"}
+    told = [one["embedding"] for one in sides.post("/v1/embeddings", body)["data"]]
+    with Client(sides.address) as client:
+        answer = client.embed(input=texts)
+        with pytest.raises(CallRefused) as caught:
+            client.embed(input=[])
+    assert caught.value.field == "input"
+    assert [list(one.embedding) for one in answer.data] == told
+    assert llm.embed(texts) == told, "and in this process"
+
+
 def test_structured_output_and_forced_calls_are_the_same(sides: Sides, llm: LLM) -> None:
     schema = {
         "type": "object",

@@ -293,6 +293,24 @@ async def test_keys_are_needed_where_http_needs_them(tokenizer: Tokenizer, tmp_p
         call.cancel()
 
 
+async def test_tenants_share_no_prefix_of_what_they_embed(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("one acme\ntwo other\n")
+    async with (
+        staged(tokenizer, grpc_port=0, api_key_files=(str(keys),)) as stage,
+        grpc.aio.insecure_channel(f"127.0.0.1:{stage.router.grpc_port}") as channel,
+    ):
+        prefill, _ = await stage.pair(embedding=DECODER_CARD)
+        salts = []
+        for key in ("one", "two"):
+            asked = pb.EmbedRequest(input=[pb.Prompt(text="hi")], cache_salt="same")
+            metadata = (("authorization", f"Bearer {key}"),)
+            call = asyncio.create_task(_ask(rpc.BatonStub(channel).Embed(asked, metadata=metadata)))
+            salts += [one.cache_salt for one in await serve(prefill, 1)]
+            await call
+        assert len(set(salts)) == 2
+
+
 # --- ends ---
 
 
