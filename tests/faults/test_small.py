@@ -153,7 +153,7 @@ def test_what_grows_is_named_and_what_dies_too() -> None:
     watch = Watch()
     for number in range(40):
         for name, grows in (("steady 1", 0), ("leaky 2", number)):
-            taken = Footprint(1 << 20, 10 + grows, 5, 7 + grows)
+            taken = Footprint(1 << 20, 0, 10 + grows, 5, 1 + grows, 7 + grows)
             watch.samples.setdefault(name, []).append(Sample(100 * number, taken))
     watch.samples["dead 3"] = watch.samples["steady 1"][:5]
     watch.samples["dead 4"] = watch.samples["steady 1"][20:]
@@ -161,6 +161,7 @@ def test_what_grows_is_named_and_what_dies_too() -> None:
     assert [fault for fault in watch.faults if fault.startswith("steady")] == []
     assert {word for fault in watch.faults if fault.startswith("leaky") for word in fault.split()} >= {
         "descriptors",
+        "segments",
         "tasks",
     }
     assert {fault.split()[0] for fault in watch.faults if "did not live" in fault} == {"dead", "absent"}
