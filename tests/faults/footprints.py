@@ -2,12 +2,15 @@
 
 1. `Watch.run` notes memory, shared segments, descriptors, threads and asyncio tasks of every process once a second,
    beside the number of requests so far.
-2. Memory: the slope per request by Theil and Sen's median of slopes, with Sen's interval from Kendall's statistic.
-   It grows if the whole interval lies above zero. It is the anonymous memory of the process. What it shares is told
-   beside it: UCX makes a segment of 4 MiB for each worker and touches its pages one after the other, at two messages a
-   second for hours; so segments are counted like descriptors.
-3. Counts: the median of the last quarter of the samples against that of the first.
-4. The first part of a process's life, in which caches fill, is not counted.
+2. Memory: what is left of a process's life is cut into `NUM_WINDOWS` windows, each of which gives a growth per request.
+   Their median is the slope, with the interval that the binomial distribution gives for a median. It grows if the
+   whole interval lies above zero: a leak grows in most windows, while a new peak that the allocator keeps is one step.
+   Steps must not add up to more than `MAX_STEPS_BYTES` either.
+3. It is the anonymous memory of the process. What it shares is told beside it: UCX makes a segment of 4 MiB for each
+   worker and touches its pages one after the other, at two messages a second for hours; so segments are counted like
+   descriptors.
+4. Counts: the median of the last quarter of the samples against that of the first.
+5. The first part of a process's life, in which caches fill, is not counted.
 """
 
 from __future__ import annotations
@@ -19,15 +22,17 @@ import os
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import pairwise
 from pathlib import Path
 
 from tests.faults.phases import Cluster
 
 SAMPLE_EVERY_S = 1.0
 WARM_SHARE = 0.3
-MAX_POINTS = 150
+NUM_WINDOWS = 20
+MIN_WINDOWS = 6
 MIN_POINTS = 8
+MAX_STEPS_BYTES = 4 << 20
 LIFE_SHARE = 0.5
 # Over fewer requests growth of memory is told but not judged: caches still fill.
 JUDGED_FROM = 2000
@@ -81,16 +86,22 @@ class Slope:
         return self.low <= 0.0
 
 
-def theil_sen(points: Sequence[tuple[float, float]]) -> Slope:
-    """Return the median of all pairs' slopes and Sen's 95 % interval; thinned to `MAX_POINTS` points first."""
-    step = max(1, len(points) // MAX_POINTS)
-    kept = points[::step]
-    slopes = sorted((d - b) / (c - a) for (a, b), (c, d) in combinations(kept, 2) if c != a)
-    if len(kept) < 3 or not slopes:
+def slope_of(points: Sequence[tuple[int, int]]) -> Slope:
+    """Return the median growth per request over `NUM_WINDOWS` windows, with its 95 % interval.
+
+    Args:
+        points: requests so far, bytes.
+    """
+    edges = [points[i * (len(points) - 1) // NUM_WINDOWS] for i in range(NUM_WINDOWS + 1)] if points else []
+    slopes = sorted((d - b) / (c - a) for (a, b), (c, d) in pairwise(edges) if c > a)
+    if len(slopes) < MIN_WINDOWS:
         return Slope(0.0, -math.inf, math.inf)
-    half = 1.96 * math.sqrt(len(kept) * (len(kept) - 1) * (2 * len(kept) + 5) / 18)
-    low, high = int((len(slopes) - half) / 2), int((len(slopes) + half) / 2) + 1
-    return Slope(statistics.median(slopes), slopes[max(0, low)], slopes[min(len(slopes) - 1, high)])
+    # Of so many fair coins, at most `rank` show heads in less than 2.5 % of all throws.
+    rank, chance = 0, 0.5 ** len(slopes)
+    while chance + math.comb(len(slopes), rank + 1) * 0.5 ** len(slopes) < 0.025:
+        rank += 1
+        chance += math.comb(len(slopes), rank) * 0.5 ** len(slopes)
+    return Slope(statistics.median(slopes), slopes[rank], slopes[-1 - rank])
 
 
 def grown(values: Sequence[int]) -> int:
@@ -129,12 +140,13 @@ class Watch:
 
     Attributes:
         samples: of each process that lived, as "name pid".
-        slopes: of those that lived long enough.
+        slopes, steps: of those that lived long enough: growth per request, and bytes more at the end than when warm.
         faults: what grew, in words.
     """
 
     samples: dict[str, list[Sample]] = field(default_factory=dict)
     slopes: dict[str, Slope] = field(default_factory=dict)
+    steps: dict[str, int] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
 
     async def run(self, cluster: Cluster, num_requests: Callable[[], int]) -> None:
@@ -162,9 +174,12 @@ class Watch:
                 self._judge(name, counted, lived)
 
     def _judge(self, name: str, counted: Sequence[Sample], lived: int) -> None:
-        slope = self.slopes[name] = theil_sen([(s.num_requests, s.footprint.own_bytes) for s in counted])
-        if not slope.is_flat and lived >= JUDGED_FROM:
+        slope = self.slopes[name] = slope_of([(s.num_requests, s.footprint.own_bytes) for s in counted])
+        steps = self.steps[name] = grown([s.footprint.own_bytes for s in counted])
+        if lived >= JUDGED_FROM and not slope.is_flat:
             self.faults.append(f"{name} grows by {slope.median:.0f} bytes a request, at least {slope.low:.0f}")
+        elif lived >= JUDGED_FROM and steps > MAX_STEPS_BYTES:
+            self.faults.append(f"{name} has {steps / 2**20:.1f} MiB more than when warm")
         for what, most in MAX_GROWTH.items():
             values = [value for s in counted if (value := getattr(s.footprint, what)) is not None]
             if values and grown(values) > most:
@@ -183,5 +198,6 @@ class Watch:
         )
         return (
             f"{name} {slope.median:+.0f} bytes/request [{slope.low:+.0f}, {slope.high:+.0f}], "
+            f"{self.steps[name] / 1024:+.0f} KiB in all, "
             f"{last.own_bytes / 2**20:.0f} MiB and {last.shared_bytes / 2**20:.1f} shared, {counts}"
         )

@@ -15,7 +15,7 @@ from tests.e2e.server import Server, serving
 from tests.faults import campaign, disconnects, everything, rolling
 from tests.faults.__main__ import COMMANDS, parser
 from tests.faults.campaign import Round
-from tests.faults.footprints import Footprint, Sample, Watch, theil_sen
+from tests.faults.footprints import Footprint, Sample, Watch, slope_of
 from tests.faults.ledger import Ledger, Record, Request
 from tests.faults.load import Oracles, draw_pool
 from tests.faults.overload import meets_slo
@@ -141,12 +141,27 @@ def test_a_stream_that_is_late_or_cut_misses_its_objectives() -> None:
     assert [meets_slo(record) for record in (whole, late, cut)] == [True, False, False]
 
 
-def test_a_slope_is_told_from_noise() -> None:
-    noise = [(37 * i * i) % 101 for i in range(100)]
-    flat = theil_sen([(float(i), 1e6 + 50.0 * n) for i, n in enumerate(noise)])
-    leak = theil_sen([(float(i), 1e6 + 50.0 * n + 400.0 * i) for i, n in enumerate(noise)])
+def test_a_slope_is_told_from_noise_and_from_a_step() -> None:
+    noise = [(37 * i * i) % 101 for i in range(400)]
+    flat = slope_of([(25 * i, 1_000_000 + 50 * n) for i, n in enumerate(noise)])
+    leak = slope_of([(25 * i, 1_000_000 + 50 * n + 400 * i) for i, n in enumerate(noise)])
+    pages = slope_of([(25 * i, 4096 * (25 * i * 20 // 4096)) for i in range(400)])
+    step = slope_of([(25 * i, 1_000_000 + 900_000 * (i > 170)) for i in range(400)])
     assert flat.is_flat and flat.low < 0 < flat.high
-    assert not leak.is_flat and leak.low < 400.0 < leak.high
+    assert not leak.is_flat and leak.low < 400 / 25 < leak.high
+    assert not pages.is_flat and pages.low <= 20 <= pages.high, "20 bytes a request, a page at a time"
+    assert step.is_flat and step.median == 0.0
+    assert slope_of([]).is_flat
+
+
+def test_steps_must_not_add_up() -> None:
+    watch = Watch()
+    for number in range(100):
+        for name, step in (("small 1", 1 << 20), ("large 2", 9 << 20)):
+            taken = Footprint((1 << 20) + step * (number > 60), 0, 10, 5, 1, 7)
+            watch.samples.setdefault(name, []).append(Sample(100 * number, taken))
+    watch.weigh(10_000, ["small", "large"])
+    assert watch.faults == ["large 2 has 9.0 MiB more than when warm"]
 
 
 def test_what_grows_is_named_and_what_dies_too() -> None:
