@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,7 @@ MAX_RSS_GROWTH_BYTES = 64 << 20
 MAX_P99_S = 0.05
 ANSWER_BUDGET_S = 30.0
 POOL_BLOCKS, POOL_TOKENS = 256, 3800
+MAX_FUZZED = 4
 # A schema or pattern that was not seen before is compiled in a process of its own; that takes its time, once.
 GRAMMAR_FIELDS = (b"response_format", b"guided", b"structured_outputs", b'"format"', b'"tool_choice": {', b"required")
 _BESIDE = {
@@ -220,23 +222,26 @@ def _spread(times_s: list[float]) -> str:
     return f"{len(ordered)}, p50 {p50:.1f} ms, p99 {p99:.1f} ms, longest {ordered[-1]:.1f} ms"
 
 
-def _fuzz(program: str, url: str) -> int:
-    """Fuzz the server's own document; return the exit code."""
-    paths = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize", "/detokenize")
-    chosen = [argument for path in paths for argument in ("--include-path", path)]
-    command = [
-        program,
-        "run",
-        f"{url}/openapi.json",
-        *chosen,
-        "--checks",
-        "not_a_server_error",
-        "--max-examples",
-        "100",
-    ]
-    return subprocess.run(
-        [*command, "--phases", "examples,coverage,fuzzing", "--request-timeout", "60"], check=False
-    ).returncode
+def _fuzz(program: str, server: Server, num_examples: int, folder: Path) -> int:
+    """Fuzz every POST of the server's own document; return the exit code.
+
+    The document is changed in two places, or nothing would get past the first check, and every answer would be as long
+    as the model can write: the model's name is one that is served, and an answer has at most `MAX_FUZZED` tokens.
+    """
+    document = json.loads(urllib.request.urlopen(f"{server.url}/openapi.json", timeout=ANSWER_BUDGET_S).read())
+    for schema in document["components"]["schemas"].values():
+        fields = schema.get("properties", {})
+        for name in {"model", "max_tokens", "max_completion_tokens", "max_output_tokens"} & fields.keys():
+            fields[name] = {"enum": [MODEL]} if name == "model" else {"type": "integer", "maximum": MAX_FUZZED}
+            schema["required"] = sorted({*schema.get("required", ()), name})
+    paths = [path for path, item in document["paths"].items() if "post" in item]
+    file = folder / "openapi.json"
+    file.write_text(json.dumps(document), encoding="utf-8")
+    command = [program, "run", str(file), "--url", server.url, "--request-timeout", "60", "--continue-on-failure"]
+    command += ["--checks", "not_a_server_error,content_type_conformance", "--max-examples", str(num_examples)]
+    command += ["--phases", "examples,coverage,fuzzing", "--seed", "1", "--mode", "all"]
+    command += [argument for path in paths for argument in ("--include-path", path)]
+    return subprocess.run(command, check=False).returncode
 
 
 def main() -> int:
@@ -248,6 +253,7 @@ def main() -> int:
     parser.add_argument("--budget-s", type=float, default=3600.0, help="end earlier, and report what there is")
     parser.add_argument("--cache-dir", type=Path, default=Path.home() / ".cache" / "baton")
     parser.add_argument("--schemathesis", help="program to fuzz the OpenAPI document with")
+    parser.add_argument("--examples", type=int, default=200, help="of schemathesis, for each path")
     args = parser.parse_args()
     pool = ("--num-kv-blocks", str(POOL_BLOCKS))
     with tempfile.TemporaryDirectory() as folder, serving(MODEL, Path(folder), args.cache_dir, *pool) as server:
@@ -260,7 +266,7 @@ def main() -> int:
                 report.wrong.append(f"{role} has grown by {grown / (1 << 20):.1f} MiB")
         print("\n".join(report.lines()), flush=True)
         children = server.children()
-        code = 0 if args.schemathesis is None else _fuzz(args.schemathesis, server.url)
+        code = 0 if args.schemathesis is None else _fuzz(args.schemathesis, server, args.examples, Path(folder))
         if server.children() != children:
             print("WRONG: a process was replaced")
             code = 1
