@@ -87,17 +87,8 @@ def _vllm(folder: Path) -> Figures:
 
 def _evalscope(folder: Path) -> Figures:
     report = _only(folder, "*summary*.json")
-    if isinstance(report, list):
-        report = report[0]
-    flat = {re.sub(r"\s*\(.*", "", str(key)).strip().lower(): value for key, value in report.items()}
-    shown = {
-        name: f"mean {value} in the report's unit"
-        for name in ("average ttft", "average time to first token", "average tpot", "average inter-token latency")
-        if (value := flat.get(name)) is not None
-    }
-    total = next(flat[key] for key in ("total requests", "number of total requests", "total") if key in flat)
-    failed = next((flat[key] for key in ("failed requests", "number of failed requests", "failed") if key in flat), 0)
-    return Figures(int(total), int(failed), shown)
+    shown = {name: f"mean {report[f'Avg {name} (ms)']:.1f} ms" for name in ("TTFT", "ITL", "TPOT")}
+    return Figures(int(report["Total Requests"]), int(report["Failed Requests"]), shown)
 
 
 def _lm_eval(folder: Path) -> Figures:
