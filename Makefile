@@ -34,7 +34,7 @@ test: env-dev ## run the tests
 test-golden: env-dev ## every golden prompt in every mode and format (a quarter of an hour)
 	@$(BIN)/python -m pytest -m matrix tests/e2e/test_golden.py $(ARGS)
 
-test-clients: env-dev ## real clients in environments of their own, made on demand (half an hour the first time)
+test-clients: env-dev ## real clients in environments of their own, made on demand (three minutes on a quiet machine)
 	@$(BIN)/python -m tests.clients.heavy $(ARGS)
 
 faults: env-dev ## every fault campaign, one after the other; TRIALS=20 decode kills and the rest in proportion
