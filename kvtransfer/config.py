@@ -21,7 +21,7 @@ class TransferConfig:
         num_slots: receive slots per connection (decode) and send slots per worker (prefill).
         connect_s: budget for connecting and self-testing one peer.
         progress_s: a transfer whose piece makes no progress for this long is broken.
-        grant_wait_s: how long a GRANT or a PREFILL may wait for the other before it is dropped.
+        grant_wait_s: how long a GRANT waits for a PREFILL that has not come, and a finished prompt for its GRANT.
         tombstone_s: how long an ended transfer is remembered to refuse late messages.
     """
 

@@ -80,6 +80,8 @@ class SendSide:
         on_ended: called exactly once per opened transfer, never from inside a method: (transfer_id, None) when it
             landed, else (transfer_id, reason). Its blocks are not read any more.
         on_broken: called with the error of a task of ours that should never end: nothing is sent any more.
+        is_expected: whether the prompt of a transfer that is not open yet waits here for its turn. A GRANT waits with
+            it, however long that is; one that nobody expects is given back.
 
     Raises:
         ConfigError: one layer of one block does not fit a slot, or there is no device memory where it is insisted on.
@@ -91,6 +93,7 @@ class SendSide:
         config: TransferConfig,
         on_ended: Callable[[int, str | None], None],
         on_broken: Callable[[BaseException], None] = lambda _: None,
+        is_expected: Callable[[int], bool] = lambda _: False,
     ) -> None:
         self._layer_bytes = region.fingerprint.layer_bytes
         self._num_layers = region.fingerprint.num_layers
@@ -99,6 +102,7 @@ class SendSide:
         self._config = config
         self._on_ended = on_ended
         self._on_broken = on_broken
+        self._is_expected = is_expected
         self._store = SlotStore(region, config, config.num_slots)
         self._stats = TransferStats()
         self._peers: dict[str, _Peer] = {}
@@ -443,9 +447,8 @@ class SendSide:
             await asyncio.sleep(interval_s)
             now_s = _now()
             self._gone.expire()
-            for transfer_id in [
-                i for i, (_, _, since_s) in self._early.items() if now_s - since_s > self._config.grant_wait_s
-            ]:
+            late = [i for i, (_, _, since_s) in self._early.items() if now_s - since_s > self._config.grant_wait_s]
+            for transfer_id in (i for i in late if not self._is_expected(i)):
                 self._drop_early(transfer_id, f"no prefill within {self._config.grant_wait_s} s of the grant")
             for transfer in list(self._transfers.values()):
                 self._check_budget(transfer, now_s)

@@ -108,7 +108,11 @@ class PrefillWorker:
             kv_cache, pool = model.new_kv_cache(), BlockPool(model.num_blocks)
             self._stepper = self._new_stepper(config, open_batch_runner(model, kv_cache), pool, None)
             self._sending = SendSide(
-                kv_cache, config.transfer, self._on_transfer_ended, lambda error: self.service.on_dead(error)
+                kv_cache,
+                config.transfer,
+                self._on_transfer_ended,
+                lambda error: self.service.on_dead(error),
+                self._is_held,
             )
         self.service = WorkerService(config.service, registration, self)
         compute.add(self._stepper, self.service.on_dead)

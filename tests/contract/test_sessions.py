@@ -353,6 +353,21 @@ async def test_a_grant_that_no_prefill_follows_is_given_back(site: Site) -> None
     assert prefill.ended == {}
 
 
+async def test_a_grant_waits_as_long_as_its_prompt_is_queued(site: Site) -> None:
+    queued = {1, 2}
+    prefill = await site.prefill(config=replace(site.config, grant_wait_s=0.2), queued=queued)
+    decode = await site.decode(prefill)
+    whole(1, 2).receive(decode, "p0")
+    whole(2, 2).receive(decode, "p0")
+    await asyncio.sleep(0.6)
+    assert decode.failed == {}
+    queued.discard(2)  # it failed there, or its client left
+    await until(lambda: 2 in decode.failed)
+    await whole(1, 2).send(prefill, "d0")
+    await until(lambda: 1 in decode.complete)
+    assert set(decode.failed) == {2}
+
+
 async def test_early_grants_are_bounded_and_the_oldest_is_given_back(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 
 from kvtransfer.config import TransferConfig
@@ -125,12 +125,18 @@ class Site:
         num_blocks: int = 64,
         config: TransferConfig | None = None,
         region: type[MemoryRegion] | None = None,
+        queued: Container[int] = (),
     ) -> PrefillWorker:
-        """Start a prefill worker."""
+        """Start a prefill worker; `queued` are transfers whose prompts wait there for their turn."""
         config = config or self.config
         memory = (region or self.region)(self.layout, num_blocks, seed=instance)
         worker: PrefillWorker
-        side = SendSide(memory, config, lambda transfer_id, reason: worker.on_ended(transfer_id, reason))
+        side = SendSide(
+            memory,
+            config,
+            lambda transfer_id, reason: worker.on_ended(transfer_id, reason),
+            is_expected=queued.__contains__,
+        )
         identity = Identity(name, instance, self.layout, side.slot_store)
         listener = await self.transport(config=config).listen(identity, side.serve)
         worker = PrefillWorker(memory, side, listener)

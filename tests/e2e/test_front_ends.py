@@ -7,6 +7,7 @@ import json
 import socket
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,12 @@ class Sides:
         with urllib.request.urlopen(request, timeout=60) as response:
             return json.loads(response.read())
 
+    def failed_transfers(self) -> float:
+        """Return how many transfers of KV have failed so far."""
+        with urllib.request.urlopen(f"{self.server.url}/metrics", timeout=60) as response:
+            lines = response.read().decode().splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith("baton_kv_transfers_failed_total"))
+
     def none_leased(self) -> None:
         """Wait until no worker holds anything for anybody."""
         wait_until(
@@ -57,7 +64,9 @@ def sides(gguf: Path, cache_dir: Path, tmp_path_factory: pytest.TempPathFactory)
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     folder = tmp_path_factory.mktemp("grpc")
-    with serving("smollm2", folder, cache_dir, "--grpc-port", str(port)) as server:
+    # A prompt of these tests may well be queued for longer than a grant waits for one that nobody has heard of.
+    options = ("--grpc-port", str(port), "--grant-wait-s", "0.5")
+    with serving("smollm2", folder, cache_dir, *options) as server:
         yield Sides(server, f"127.0.0.1:{port}")
 
 
@@ -225,6 +234,18 @@ def test_decisions_are_those_of_http(sides: Sides) -> None:
     assert (score.score.score, score.score.confidence) == (third["score"], third["confidence"])
     assert [p.label for p in score.score.probabilities] == ["low", "high"]
     assert answer.usage.input_tokens == told["usage"]["input_tokens"] and answer.model == "smollm2"
+
+
+def test_prompts_may_be_queued_for_longer_than_a_grant_waits_for_a_stranger(sides: Sides) -> None:
+    def ask(number: int) -> int:
+        prompt = [1000 + (97 * number + i) % 20_000 for i in range(500)]
+        answer = sides.post("/v1/completions", {"model": "smollm2", "prompt": prompt, "max_tokens": 2})
+        return int(answer["usage"]["completion_tokens"])
+
+    failed = sides.failed_transfers()
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(ask, range(8))) == [2] * 8
+    assert sides.failed_transfers() == failed, "none was given up and tried again"
 
 
 def test_vectors_are_those_of_http(sides: Sides, llm: LLM) -> None:
