@@ -430,7 +430,7 @@ def _transfer() -> tuple[Option, ...]:
         ),
         budget("connect-s", "Budget for connecting and self-testing one peer."),
         budget("progress-s", "A transfer whose piece makes no progress for this long is broken."),
-        budget("grant-wait-s", "How long a grant waits for a prompt that has not come, and a finished prompt for its grant."),
+        budget("grant-wait-s", "How long a grant waits for an unknown prompt, and a finished prompt for its grant."),
         budget("tombstone-s", "How long an ended transfer is remembered to refuse late messages."),
     )  # fmt: skip
 
