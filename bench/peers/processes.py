@@ -120,11 +120,10 @@ def send_signal(process: Process, number: signal.Signals) -> None:
         return
     try:
         # The handle holds on to whoever has the id now: if that is the one we know, the signal can reach nobody else.
-        now = _read(process.pid)
-        if now is not None and now.identity == process.identity:
-            signal.pidfd_send_signal(handle, number)
-    except OSError:
-        pass  # it ended in between
+        with contextlib.suppress(OSError):  # it may end in between
+            now = _read(process.pid)
+            if now is not None and now.identity == process.identity:
+                signal.pidfd_send_signal(handle, number)
     finally:
         os.close(handle)
 

@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -228,7 +227,7 @@ def _fuzz(program: str, server: Server, num_examples: int, folder: Path) -> int:
     The document is changed in two places, or nothing would get past the first check, and every answer would be as long
     as the model can write: the model's name is one that is served, and an answer has at most `MAX_FUZZED` tokens.
     """
-    document = json.loads(urllib.request.urlopen(f"{server.url}/openapi.json", timeout=ANSWER_BUDGET_S).read())
+    document = server.get("/openapi.json")
     for schema in document["components"]["schemas"].values():
         fields = schema.get("properties", {})
         for name in {"model", "max_tokens", "max_completion_tokens", "max_output_tokens"} & fields.keys():

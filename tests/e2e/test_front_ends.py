@@ -45,12 +45,6 @@ class Sides:
         with urllib.request.urlopen(request, timeout=60) as response:
             return json.loads(response.read())
 
-    def failed_transfers(self) -> float:
-        """Return how many transfers of KV have failed so far."""
-        with urllib.request.urlopen(f"{self.server.url}/metrics", timeout=60) as response:
-            lines = response.read().decode().splitlines()
-        return sum(float(line.split()[-1]) for line in lines if line.startswith("baton_kv_transfers_failed_total"))
-
     def none_leased(self) -> None:
         """Wait until no worker holds anything for anybody."""
         wait_until(
@@ -242,10 +236,10 @@ def test_prompts_may_be_queued_for_longer_than_a_grant_waits_for_a_stranger(side
         answer = sides.post("/v1/completions", {"model": "smollm2", "prompt": prompt, "max_tokens": 2})
         return int(answer["usage"]["completion_tokens"])
 
-    failed = sides.failed_transfers()
+    failed = sides.server.total("baton_kv_transfers_failed_total")
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(ask, range(8))) == [2] * 8
-    assert sides.failed_transfers() == failed, "none was given up and tried again"
+    assert sides.server.total("baton_kv_transfers_failed_total") == failed, "none was given up and tried again"
 
 
 def test_vectors_are_those_of_http(sides: Sides, llm: LLM) -> None:

@@ -264,13 +264,20 @@ async def test_too_many_requests_say_when_to_come_back(tokenizer: Tokenizer) -> 
         assert int(dict(error.trailing_metadata())["grpc-retry-pushback-ms"]) >= 1
 
 
-async def test_keys_are_needed_where_http_needs_them(tokenizer: Tokenizer, tmp_path: Path) -> None:
+@asynccontextmanager
+async def with_two_tenants(tokenizer: Tokenizer, tmp_path: Path) -> AsyncIterator[tuple[Stage, grpc.aio.Channel]]:
+    """A router that knows the key `one` of acme and the key `two` of another, and a client's channel."""
     keys = tmp_path / "keys"
     keys.write_text("one acme\ntwo other\n")
     async with (
         staged(tokenizer, grpc_port=0, api_key_files=(str(keys),)) as stage,
         grpc.aio.insecure_channel(f"127.0.0.1:{stage.router.grpc_port}") as channel,
     ):
+        yield stage, channel
+
+
+async def test_keys_are_needed_where_http_needs_them(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    async with with_two_tenants(tokenizer, tmp_path) as (stage, channel):
         prefill, _ = await stage.pair()
         stub, health = rpc.BatonStub(channel), health_pb2_grpc.HealthStub(channel)
         await health.Check(health_pb2.HealthCheckRequest())
@@ -294,12 +301,7 @@ async def test_keys_are_needed_where_http_needs_them(tokenizer: Tokenizer, tmp_p
 
 
 async def test_tenants_share_no_prefix_of_what_they_embed(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    keys = tmp_path / "keys"
-    keys.write_text("one acme\ntwo other\n")
-    async with (
-        staged(tokenizer, grpc_port=0, api_key_files=(str(keys),)) as stage,
-        grpc.aio.insecure_channel(f"127.0.0.1:{stage.router.grpc_port}") as channel,
-    ):
+    async with with_two_tenants(tokenizer, tmp_path) as (stage, channel):
         prefill, _ = await stage.pair(embedding=DECODER_CARD)
         salts = []
         for key in ("one", "two"):
