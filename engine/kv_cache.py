@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.device_queue import DeviceQueue, open_queue
+from engine.pool_memory import new_pool_memory
 from kernels.checksum import checksum
 from kernels.reference import gather_blocks, scatter_blocks
 from protocol.errors import TransferError
@@ -82,7 +83,7 @@ class KVCache:
     Args:
         fingerprint: geometry and dtype.
         num_blocks: size of the pool.
-        device: where the tensor lives. On a CPU pages are touched by first use only.
+        device: where the tensor lives. On a CPU a thread touches its pages ahead of their use.
         kernels: what copies blocks on a GPU; None is Triton's. Unused on a CPU.
 
     The region's calls run on the event loop's thread beside the compute thread. On a GPU each of them waits until the
@@ -101,8 +102,8 @@ class KVCache:
         shape = (num_blocks, f.num_layers, 2, f.num_kv_heads, f.block_size, f.head_dim)
         self._blocks: HostBlocks | DeviceBlocks
         if device.type == "cpu":
-            # numpy takes zeroed pages from the system, which cost nothing until touched; torch.zeros writes them all.
-            memory = np.zeros((num_blocks, f.num_layers, f.layer_bytes), np.uint8)
+            self._memory = new_pool_memory(num_blocks * f.block_bytes)  # kept: it is backed while it lives
+            memory = self._memory.reshape(num_blocks, f.num_layers, f.layer_bytes)
             self.tensor = torch.from_numpy(memory).view(TORCH_DTYPES[f.dtype]).view(shape)
             self._blocks = HostBlocks(memory)
         else:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kernels.cpu.huge_pages import huge_bytes
 from kernels.cpu.matrix import FORMATS, PackedMatrix
 from kernels.cpu.native import NativeLibrary, check
 from kernels.quantized import GROUP, QuantizedRows
 
 _CACHE_LINE = 64
-_HUGE_PAGE = 2 << 20
 _ARENA_BYTES = 32 << 20
 
 
@@ -32,18 +31,9 @@ class WeightMemory:
         """Return zeroed bytes that begin on a cache line."""
         rounded = -(-num_bytes // _CACHE_LINE) * _CACHE_LINE
         if rounded > self._rest.nbytes:
-            self._rest = _huge_bytes(max(rounded, _ARENA_BYTES))
+            self._rest = huge_bytes(max(rounded, _ARENA_BYTES))
         taken, self._rest = self._rest[:num_bytes], self._rest[rounded:]
         return taken
-
-
-def _huge_bytes(num_bytes: int) -> NDArray[np.uint8]:
-    memory = mmap.mmap(-1, num_bytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    view = np.frombuffer(memory, np.uint8)
-    start = -view.ctypes.data % _HUGE_PAGE
-    return view[start : start + num_bytes]
 
 
 @dataclass(frozen=True, slots=True)
