@@ -1,12 +1,13 @@
 """The decode worker: life of one placement.
 
-1. `Reserve` comes from the router: hash the blocks, compile the grammar, ask the compute thread for room.
+1. `Reserve` comes from the router: hash the blocks, compile the grammar. When its prompt begins, as the prefill worker
+   says (`decode/reservations.py`), ask the compute thread for room.
 2. Granted: the transfer opens and GRANT goes to the prefill worker, with the number of leading blocks held already.
    No room: `Declined`, and the router places it elsewhere or later.
 3. Pieces land in the granted blocks, on the event loop, beside the running steps.
 4. COMMIT and every piece landed: the sequence joins the batch between two steps; tokens emitted before are replayed.
-   Colocated with prefill, over one pool: 1. asks for a slot alone, 2. and 3. fall away, and 4. comes from the prefill
-   stepper beside this one, as the ids of the prompt's blocks (`engine/local_handoff.py`).
+   Colocated with prefill, over one pool: 1. asks at once, for a slot alone, 2. and 3. fall away, and 4. comes from the
+   prefill stepper beside this one, as the ids of the prompt's blocks (`engine/local_handoff.py`).
 5. Every step sends one message with the new tokens to each router. A sequence ends by EOS, a stop token, its length
    limit or the end of the context; stop strings end it from the router by `Abort`.
 """
@@ -17,6 +18,7 @@ import asyncio
 import logging
 
 from decode.config import DecodeConfig
+from decode.reservations import Reservations
 from decode.scheduler import DecodeScheduler
 from decode.stepper import (
     Abandoned,
@@ -72,6 +74,7 @@ class DecodeWorker:
         self._compute = compute
         self._open_transfers: set[int] = set()
         self._placing: Placing[Reserve] = Placing(model, self._is_held, self._fail)
+        self._reservations = Reservations(model.fingerprint.block_size, self._reserve)
         self._receiving: ReceiveSide | None = None
         self._link: LocalLink | ReceiveSide
         registration = new_registration(
@@ -100,6 +103,7 @@ class DecodeWorker:
                 on_links=self._announce_links,
                 on_broken=lambda error: self.service.on_dead(error),
             )
+            self._receiving.on_begin = self._reservations.begins
         self.service = WorkerService(config.service, registration, self)
         compute.add(self._stepper, self.service.on_dead)
 
@@ -136,7 +140,8 @@ class DecodeWorker:
         if refusal is not None or not isinstance(message, Reserve):
             self._decline(message.transfer_id, refusal or "")
             return
-        self._placing.place(message, self._reserve)
+        # In a common pool blocks come with the prompt anyway.
+        self._placing.place(message, self._reserve if self._receiving is None else self._reservations.hold)
 
     def _reserve(self, message: Reserve, sequence: Sequence) -> None:
         self._compute.post(self._stepper, ReserveBlocks(sequence, message.prefill_worker_id))
@@ -144,6 +149,7 @@ class DecodeWorker:
     def abort(self, transfer_id: int, reason: str) -> None:
         """Forget a placement. Once the transfer is closed nothing writes into its blocks, so they may go."""
         self.service.release(transfer_id)
+        self._reservations.drop(transfer_id)
         if self._receiving is not None and transfer_id in self._open_transfers:
             self._open_transfers.discard(transfer_id)
             self._receiving.abort(transfer_id, reason)
@@ -163,6 +169,7 @@ class DecodeWorker:
             blocks_cached=pool.cached,
             blocks_leased=pool.leased,
             blocks_total=pool.total,
+            blocks_promised=self._reservations.num_blocks,
             num_running=stepper.num_running,
             num_waiting=stepper.num_waiting,
             num_steps=counters.num_steps,

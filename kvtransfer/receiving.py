@@ -2,7 +2,8 @@
 
     1. `set_peers` lists prefill workers; `kvtransfer.linking` keeps an endpoint to each.
     2. Every link posts its slots as receives under random tags and says CREDIT for them.
-    3. `open` names the blocks reserved for a transfer and says GRANT.
+    3. BEGIN says that a prompt is about to be computed: `on_begin`. `open` names the blocks reserved for it and says
+       GRANT.
     4. A piece is there once its PIECE header and its payload are, in either order, joined by the tag. One piece per
        turn of the loop: check the sum, ask `Receiving`, scatter into the blocks. The slot is posted again, new tag.
        A damaged piece is asked for once more (RESEND).
@@ -32,7 +33,7 @@ from kvtransfer.transport import Buffer, Completion, Endpoint, Identity, Transpo
 from protocol.errors import ChecksumMismatch, PeerLost, ProtocolError, TransferError, TransferStalled
 from protocol.handoff import Receiving, SendRange
 from protocol.kv_layout import KVRegion
-from protocol.wire import Commit, Credit, Grant, Landed, PeerAbort, PeerAddress, PeerMessage, Piece, Resend
+from protocol.wire import Begin, Commit, Credit, Grant, Landed, PeerAbort, PeerAddress, PeerMessage, Piece, Resend
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +83,10 @@ class ReceiveSide:
         on_links: called when `links` changed.
         on_broken: called with the error of a task of ours that should never end: not everything is received any more.
 
+    Attributes:
+        on_begin: called with (sender's worker id, transfer_id) when a prompt begins, perhaps more than once. Nobody is,
+            until the owner sets it, before its first peers.
+
     Raises:
         ConfigError: one layer of one block does not fit a slot, or there is no device memory where it is insisted on.
     """
@@ -106,6 +111,7 @@ class ReceiveSide:
         self._on_failed = on_failed
         self._on_links = on_links
         self._on_broken = on_broken
+        self.on_begin: Callable[[str, int], None] = lambda _sender_id, _transfer_id: None
         self._store = SlotStore(region, config)
         self._linking = Linking(transport, replace(identity, slots=self._store), self._attach, on_broken)
         self._stats = TransferStats()
@@ -248,6 +254,8 @@ class ReceiveSide:
 
     def _take(self, link: _Link, message: PeerMessage) -> None:
         match message:
+            case Begin():
+                self.on_begin(link.endpoint.peer_id, message.transfer_id)
             case Piece():
                 self._take_header(link, message)
             case Commit():

@@ -1,7 +1,8 @@
 """The prefill worker's side of block transfers.
 
     1. `serve` takes an endpoint of a decode worker; its reader collects CREDIT (posted receives) and GRANT.
-    2. `open` names a transfer's blocks. The GRANT may come before it or after it.
+    2. `open` names a transfer's blocks and says BEGIN to its receiver, which answers with the GRANT; a GRANT that comes
+       before it is kept for it.
     3. `ready` hands over computed cells; with the grant they queue, cut into pieces of one slot.
     4. One task sends, round robin over the transfers: gather into a slot, checksum, PIECE header, payload. A piece
        needs a credit of the receiver and a free slot here; lacking either is backpressure.
@@ -31,7 +32,7 @@ from kvtransfer.transport import Buffer, Completion, Endpoint
 from protocol.errors import PeerLost, ProtocolError, TransferError
 from protocol.handoff import Sending, SendInstruction, SendRange
 from protocol.kv_layout import KVRegion
-from protocol.wire import Commit, Credit, Grant, Landed, PeerAbort, PeerMessage, Piece, Resend
+from protocol.wire import Begin, Commit, Credit, Grant, Landed, PeerAbort, PeerMessage, Piece, Resend
 
 log = logging.getLogger(__name__)
 
@@ -80,8 +81,6 @@ class SendSide:
         on_ended: called exactly once per opened transfer, never from inside a method: (transfer_id, None) when it
             landed, else (transfer_id, reason). Its blocks are not read any more.
         on_broken: called with the error of a task of ours that should never end: nothing is sent any more.
-        is_expected: whether the prompt of a transfer that is not open yet waits here for its turn. A GRANT waits with
-            it, however long that is; one that nobody expects is given back.
 
     Raises:
         ConfigError: one layer of one block does not fit a slot, or there is no device memory where it is insisted on.
@@ -93,7 +92,6 @@ class SendSide:
         config: TransferConfig,
         on_ended: Callable[[int, str | None], None],
         on_broken: Callable[[BaseException], None] = lambda _: None,
-        is_expected: Callable[[int], bool] = lambda _: False,
     ) -> None:
         self._layer_bytes = region.fingerprint.layer_bytes
         self._num_layers = region.fingerprint.num_layers
@@ -102,7 +100,6 @@ class SendSide:
         self._config = config
         self._on_ended = on_ended
         self._on_broken = on_broken
-        self._is_expected = is_expected
         self._store = SlotStore(region, config, config.num_slots)
         self._stats = TransferStats()
         self._peers: dict[str, _Peer] = {}
@@ -151,6 +148,9 @@ class SendSide:
             return
         peer = self._peers[endpoint.peer_id] = _Peer(endpoint, slots, _now())
         log.info("decode worker %s: from slots in %s memory", endpoint.peer_id, endpoint.agreement.kind)
+        for transfer in self._transfers.values():
+            if transfer.receiver_id == endpoint.peer_id:
+                self._say_begin(transfer)  # on the connection before it may have been lost
         self._spawn(self._read(peer))
         if not self._is_running:
             self._is_running = True
@@ -174,6 +174,8 @@ class SendSide:
                 self._take_grant(peer, grant)
             except ProtocolError as error:
                 peer.endpoint.abort(str(error))
+        else:
+            self._say_begin(transfer)
 
     def ready(self, transfer_id: int, cells: SendRange) -> None:
         """Hand over cells that are computed, each cell once; ignored if the transfer is over.
@@ -432,6 +434,11 @@ class SendSide:
         for transfer in [t for t in self._transfers.values() if t.receiver_id == peer.endpoint.peer_id]:
             self._end(transfer, f"decode worker {peer.endpoint.peer_id} lost: {reason}")
 
+    def _say_begin(self, transfer: _Outgoing) -> None:
+        peer = self._peers.get(transfer.receiver_id)
+        if peer is not None and transfer.peer is None:
+            peer.endpoint.post(Begin(transfer_id=transfer.transfer_id))
+
     def _tell_abort(self, peer: _Peer | None, transfer_id: int, reason: str) -> None:
         if peer is not None:
             peer.endpoint.post(PeerAbort(transfer_id=transfer_id, reason=reason[:4096]))
@@ -448,7 +455,7 @@ class SendSide:
             now_s = _now()
             self._gone.expire()
             late = [i for i, (_, _, since_s) in self._early.items() if now_s - since_s > self._config.grant_wait_s]
-            for transfer_id in (i for i in late if not self._is_expected(i)):
+            for transfer_id in late:
                 self._drop_early(transfer_id, f"no prefill within {self._config.grant_wait_s} s of the grant")
             for transfer in list(self._transfers.values()):
                 self._check_budget(transfer, now_s)

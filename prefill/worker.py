@@ -1,7 +1,7 @@
 """The prefill worker: life of one placement.
 
 1. `Prefill` comes from the router: hash the prompt's blocks, compile its grammar, queue it on the compute thread.
-2. The prompt begins: its blocks are held, the transfer to the decode worker opens (a GRANT may be waiting there).
+2. The prompt begins: its blocks are held, the transfer to the decode worker opens, which reserves blocks there now.
 3. Chunks are computed, short prompts first; each finished group of layers is pushed while the next computes.
 4. The first token is sampled and goes to the router at once; COMMIT follows the last piece to the decode worker.
 5. LANDED, a failure or an abort ends the transfer: the blocks become evictable prefix cache. A failed transfer is
@@ -112,7 +112,6 @@ class PrefillWorker:
                 config.transfer,
                 self._on_transfer_ended,
                 lambda error: self.service.on_dead(error),
-                self._is_held,
             )
         self.service = WorkerService(config.service, registration, self)
         compute.add(self._stepper, self.service.on_dead)

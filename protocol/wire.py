@@ -14,6 +14,7 @@ History of WIRE_VERSION (raise it when an old peer would misread a new message):
     2  peers: staging and checksum are agreed on; each end says Tested before the connection is used
     3  a prompt may be followed by what was emitted before, computed by prefill: FirstToken is the token after that
     4  sampling may carry a grammar, and a prompt may be computed for a readout: an old worker would ignore both
+    5  decode reserves blocks when a prompt begins, which prefill says with Begin: an old peer would wait for ever
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from protocol.kv_layout import KVFingerprint, Staging
 from protocol.readout import MAX_EMBEDDING_FLOATS, MAX_LABELS, EmbeddingCard, PromptLogprobs, Readout
 from protocol.request import SamplingParams, TokenId, TokenRow
 
-WIRE_VERSION = 4
+WIRE_VERSION = 5
 MAX_MESSAGE_BYTES = 8 << 20
 MAX_PROMPT_TOKENS = 1 << 20
 MAX_STRING_BYTES = 1 << 16
@@ -114,6 +115,7 @@ class Register(Message, frozen=True, kw_only=True):
 class WorkerStats(msgspec.Struct, frozen=True, kw_only=True):
     """Gauges and counters of one worker; counters grow from the start of its instance.
 
+    `blocks_promised` are those that prompts will need which have not begun yet; they are in no other state's count.
     `num_bytes_*` and `num_blocks_*` count KV payload, once per block: what the receiver wrote, what the sender sent.
     """
 
@@ -121,6 +123,7 @@ class WorkerStats(msgspec.Struct, frozen=True, kw_only=True):
     blocks_cached: Count = 0
     blocks_leased: Count = 0
     blocks_total: Count = 0
+    blocks_promised: Count = 0
     num_running: Count = 0
     num_waiting: Count = 0
     queued_tokens: Count = 0
@@ -329,6 +332,12 @@ class Credit(Message, frozen=True, kw_only=True):
     slot_bytes: Count
 
 
+class Begin(Message, frozen=True, kw_only=True):
+    """Prefill: this prompt is about to be computed; reserve its blocks now. Said again where a connection is new."""
+
+    transfer_id: Id
+
+
 class Grant(Message, frozen=True, kw_only=True):
     """Decode: blocks are reserved for this transfer; the first `num_cached_blocks` are here already."""
 
@@ -385,7 +394,7 @@ HandshakeMessage = Challenge | Proof | Accept
 WorkerMessage = Register | Heartbeat | Links | FirstToken | Readings | Tokens | Declined | Preempted | TransferFailed
 RouterMessage = Welcome | Dismissed | Pulse | Members | Reserve | Prefill | Abort | Drain
 PeerMessage = (
-    PeerHello | PeerReady | PeerRefused | Tested | Credit | Grant | Piece | Commit | Landed | Resend | PeerAbort
+    PeerHello | PeerReady | PeerRefused | Tested | Credit | Begin | Grant | Piece | Commit | Landed | Resend | PeerAbort
 )
 AnyMessage = HandshakeMessage | WorkerMessage | RouterMessage | PeerMessage
 

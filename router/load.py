@@ -107,7 +107,8 @@ class Loads:
         """Compare what a worker reports with our own count: the rest belongs to other routers, or was not shared."""
         load = self._of(worker.key)
         load.foreign_tokens = max(0, worker.stats.queued_tokens - load.queued_tokens)
-        load.foreign_blocks = max(0, worker.stats.blocks_leased - load.ledger.num_blocks)
+        wanted = worker.stats.blocks_leased + worker.stats.blocks_promised
+        load.foreign_blocks = max(0, wanted - load.ledger.num_blocks)
 
     def forget(self, key: WorkerKey) -> None:
         """Drop everything about a lost instance."""

@@ -16,7 +16,7 @@ from kvtransfer import sending
 from kvtransfer.transport import Buffer, Completion
 from protocol.errors import PeerLost
 from protocol.handoff import SendRange
-from protocol.wire import Commit, Credit, PeerMessage, Piece
+from protocol.wire import Begin, Commit, Credit, PeerMessage, Piece
 from tests.contract.workers import Plan, Site, until
 from tests.kvtransfer.memory_region import DeviceRegion, MemoryRegion, fingerprint
 
@@ -88,7 +88,7 @@ async def test_commit_is_said_after_the_last_piece(site: Site, monkeypatch: pyte
     await plan.send(prefill, "d0")
     plan.receive(decode, "p0")
     await until(lambda: 1 in decode.complete)
-    assert said == [Piece] * 7 + [Commit]  # 64 blocks, ten to a slot
+    assert said == [Begin] + [Piece] * 7 + [Commit]  # 64 blocks, ten to a slot
 
 
 async def test_a_fully_cached_prompt_moves_nothing(site: Site) -> None:
@@ -353,19 +353,30 @@ async def test_a_grant_that_no_prefill_follows_is_given_back(site: Site) -> None
     assert prefill.ended == {}
 
 
-async def test_a_grant_waits_as_long_as_its_prompt_is_queued(site: Site) -> None:
-    queued = {1, 2}
-    prefill = await site.prefill(config=replace(site.config, grant_wait_s=0.2), queued=queued)
+async def test_a_prompt_that_begins_says_so_and_the_answer_is_its_grant(site: Site) -> None:
+    prefill = await site.prefill()
     decode = await site.decode(prefill)
+    sent = asyncio.create_task(whole(1, 2).send(prefill, "d0"))
+    await until(lambda: decode.begun == [("p0", 1)])
     whole(1, 2).receive(decode, "p0")
-    whole(2, 2).receive(decode, "p0")
-    await asyncio.sleep(0.6)
-    assert decode.failed == {}
-    queued.discard(2)  # it failed there, or its client left
-    await until(lambda: 2 in decode.failed)
-    await whole(1, 2).send(prefill, "d0")
     await until(lambda: 1 in decode.complete)
-    assert set(decode.failed) == {2}
+    await sent
+    whole(2, 2).receive(decode, "p0")  # granted before it began: there is nothing to ask for
+    await asyncio.sleep(0.02)
+    await whole(2, 2).send(prefill, "d0")
+    await until(lambda: 2 in decode.complete)
+    assert decode.begun == [("p0", 1)]
+
+
+async def test_a_prompt_that_began_without_a_link_says_so_on_the_next(site: Site) -> None:
+    prefill = await site.prefill()
+    sent = asyncio.create_task(whole(1, 2).send(prefill, "d0"))
+    await asyncio.sleep(0.02)
+    decode = await site.decode(prefill)
+    await until(lambda: decode.begun == [("p0", 1)])
+    whole(1, 2).receive(decode, "p0")
+    await until(lambda: 1 in decode.complete)
+    await sent
 
 
 async def test_early_grants_are_bounded_and_the_oldest_is_given_back(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from kvtransfer.config import TransferConfig
@@ -63,6 +63,7 @@ class DecodeWorker:
     side: ReceiveSide = field(init=False)
     complete: dict[int, int] = field(default_factory=dict)
     failed: dict[int, str] = field(default_factory=dict)
+    begun: list[tuple[str, int]] = field(default_factory=list)
 
     def on_complete(self, transfer_id: int, first_token_id: int) -> None:
         """Note one completion."""
@@ -125,18 +126,12 @@ class Site:
         num_blocks: int = 64,
         config: TransferConfig | None = None,
         region: type[MemoryRegion] | None = None,
-        queued: Container[int] = (),
     ) -> PrefillWorker:
-        """Start a prefill worker; `queued` are transfers whose prompts wait there for their turn."""
+        """Start a prefill worker."""
         config = config or self.config
         memory = (region or self.region)(self.layout, num_blocks, seed=instance)
         worker: PrefillWorker
-        side = SendSide(
-            memory,
-            config,
-            lambda transfer_id, reason: worker.on_ended(transfer_id, reason),
-            is_expected=queued.__contains__,
-        )
+        side = SendSide(memory, config, lambda transfer_id, reason: worker.on_ended(transfer_id, reason))
         identity = Identity(name, instance, self.layout, side.slot_store)
         listener = await self.transport(config=config).listen(identity, side.serve)
         worker = PrefillWorker(memory, side, listener)
@@ -166,6 +161,7 @@ class Site:
             worker.on_failed,
             lambda: None,
         )
+        worker.side.on_begin = lambda sender_id, transfer_id: worker.begun.append((sender_id, transfer_id))
         worker.side.set_peers([p.address for p in prefills])
         self.decodes.append(worker)
         if layout == self.layout:

@@ -216,3 +216,23 @@ async def test_seeded_sampling_is_the_same_alone_in_a_batch_and_in_the_other_mod
         assert alone == await run(colocated, 1)
         other = await complete(http, disaggregated.url, {**bodies[0], "seed": 7})
     assert other["token_ids"] != alone[0]
+
+
+async def test_decode_reserves_nothing_for_prompts_that_are_still_queued(disaggregated: Server) -> None:
+    num_prompts, num_blocks = 6, 50
+    most, placed = 0, 0
+    async with session() as http:
+        bodies = [
+            completion(_random_prompt(700 + i, num_blocks * BLOCK_SIZE), max_tokens=2) for i in range(num_prompts)
+        ]
+        answers = asyncio.gather(*(complete(http, disaggregated.url, body) for body in bodies))
+        while not answers.done():
+            workers = {w["role"]: w for w in await asyncio.to_thread(disaggregated.workers)}
+            most = max(most, workers["decode"]["blocks"]["leased"])
+            placed = max(placed, workers["prefill"]["num_running"] + workers["prefill"]["num_waiting"])
+            await asyncio.sleep(0.1)
+        await answers
+    assert placed == num_prompts, "all of them were on the prefill worker at once"
+    assert 0 < most <= 3 * (num_blocks + 1), (
+        "blocks of prompts that had begun, at most two at a time, and of one landed"
+    )
