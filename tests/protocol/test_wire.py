@@ -188,3 +188,9 @@ def test_an_answer_must_be_of_the_kind_that_was_asked_for() -> None:
     assert not does_answer(labels, 5, (-0.1, float("nan")), None, b"")
     assert not does_answer(ReadEmbedding(pooling=Pooling.LAST), 5, (), None, b"")
     assert floats_of(np.array([0.5, -2.0], "<f4").tobytes()) == [0.5, -2.0]
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda m: type(m).__name__)
+def test_the_bytes_are_those_of_plain_messagepack(message: wire.Message) -> None:
+    plain = msgspec.to_builtins(message, builtin_types=(bytes,))
+    assert wire.encode(message) == msgpack.packb(plain, use_bin_type=True)
