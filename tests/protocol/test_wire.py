@@ -49,6 +49,7 @@ MESSAGES = [
         prefill_s=0,
     ),
     wire.Readings(transfer_id=1, embedding=b"12345678", num_cached_tokens=0, queue_s=0, prefill_s=0),
+    wire.Begin(transfer_id=1),
     wire.Tokens(rows=(TokenRow(1, 2, 3, 4), TokenRow(1, 2, 4, 5, FinishReason.STOP))),
     wire.Declined(transfer_id=1, reason="full"),
     wire.Preempted(transfer_id=1),
