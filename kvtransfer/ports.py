@@ -30,7 +30,7 @@ _DROP: Final = (0x06, 0, 0, 0)
 
 def descriptors() -> set[int]:
     """Return the numbers of this process's open file descriptors."""
-    return {int(name) for name in os.listdir("/proc/self/fd")}
+    return {fd for fd in map(int, os.listdir("/proc/self/fd")) if _is_open(fd)}  # less the one that listed them
 
 
 class Ports:
@@ -59,6 +59,14 @@ class Ports:
                     port.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, value)
                 except OSError as error:
                     log.warning("UCX's port on %s:%d stays open to everybody who reaches it: %s", *name, error)
+
+
+def _is_open(fd: int) -> bool:
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
 
 
 def _listens_on(fd: int) -> tuple[str, int] | None:

@@ -142,7 +142,7 @@ class UcxDriver:
         self._pending: dict[Any, tuple[Completion, Buffer]] = {}
         self._is_scheduled = False
         self._state = _IDLE
-        self._is_slow_to_end = False
+        self._is_kept = False  # by a request of some link that did not end at once
         self._worked_s = 0.0
         self._look: asyncio.TimerHandle | None = None
 
@@ -155,7 +155,7 @@ class UcxDriver:
         """Serve a link."""
         self.ended = self._loop.create_future()
         self._ports.admit(peer_address)
-        self._state, self._is_slow_to_end = _OPEN, False
+        self._state = _OPEN
         self._loop.add_reader(self._fd, self._readable)
         self._kick()
 
@@ -210,7 +210,7 @@ class UcxDriver:
             self._endpoint.close_blocking(period=_CLOSE_BUDGET_NS, max_attempts=1)
         self._worker.cancel_inflight_requests()
         self._reap()
-        self._is_slow_to_end = bool(self._pending)
+        self._is_kept = self._is_kept or bool(self._pending)
         self._worked_s = self._loop.time()
         self._kick()
 
@@ -222,9 +222,9 @@ class UcxDriver:
     def _retire(self) -> None:
         self._leave_loop()
         self._state, self._endpoint = _IDLE, None
-        if not self._is_slow_to_end:
+        if not self._is_kept:
             self._worker = None  # destroys it
-        self._context.take_back(self, is_reusable=self._is_slow_to_end)
+        self._context.take_back(self, is_reusable=self._is_kept)
         self.ended.set_result(None)
 
     def _leave_loop(self) -> None:
