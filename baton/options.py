@@ -411,7 +411,17 @@ def _transfer() -> tuple[Option, ...]:
         ),
         Option(
             name="transfer-host", group=group, roles=PREFILL | DECODE, parse=text, fills=((TransferConfig, "host"),),
-            help="Address that a prefill worker's peer port binds to and decode workers dial.",
+            help="Address that a prefill worker's peer port binds to and decode workers dial. A public one is refused.",
+        ),
+        Option(
+            name="transfer-device", group=group, roles=PREFILL | DECODE, parse=text,
+            fills=((TransferConfig, "device"),),
+            help="Network device that UCX uses between hosts; without it, the one whose address is used.",
+        ),
+        Option(
+            name="allow-public-transfer", group=group, roles=PREFILL | DECODE, parse=switch,
+            fills=((TransferConfig, "allow_public"),),
+            help="Let UCX use a public address. Who reaches its ports owns the worker: see SECURITY.md.",
         ),
         Option(
             name="kv-staging", group=group, roles=roles, parse=text, fills=((TransferConfig, "kv_staging"),),

@@ -3,6 +3,7 @@
     dialer   ── PeerHello(fingerprint, staging, checksums) ──►   acceptor: check_hello
              ◄─ PeerReady(staging, checksum) ─────────────────   or PeerRefused(reason)
     dialer:  check_ready
+    both:    path_of, check_path
 
 Both ends know both stagings then, and so the memory of every slot: "host" and "device" stand as they are said, "auto"
 is device memory unless the other end says "host". So a connection is not left half on a GPU unless someone insists:
@@ -15,10 +16,13 @@ that threads can compute in any order.
 
 from __future__ import annotations
 
+import hmac
+import ipaddress
+
 from kvtransfer.transport import Agreement, Identity
 from protocol.errors import FingerprintMismatch, ProtocolError
 from protocol.kv_layout import Staging
-from protocol.wire import PeerAddress, PeerHello, PeerReady
+from protocol.wire import PeerAddress, PeerHello, PeerPath, PeerReady
 
 HOST_CHECKSUM = "xxh3"
 DEVICE_CHECKSUM = "words64"
@@ -35,15 +39,14 @@ def hello_of(identity: Identity, staging: Staging) -> PeerHello:
     )
 
 
-def ready_of(identity: Identity, staging: Staging, checksum: str, port: int = 0, token: bytes = b"") -> PeerReady:
+def ready_of(identity: Identity, staging: Staging, checksum: str, payload_host: str = "") -> PeerReady:
     """Return the acceptor's answer."""
     return PeerReady(
         worker_id=identity.worker_id,
         instance=identity.instance,
         staging=staging,
         checksum=checksum,
-        payload_port=port,
-        payload_token=token,
+        payload_host=payload_host,
     )
 
 
@@ -83,6 +86,36 @@ def check_ready(address: PeerAddress, identity: Identity, staging: Staging, read
             f"{ready.staging} there it is {agreement.checksum}"
         )
     return agreement
+
+
+def path_of(secret: bytes, instances: tuple[int, int], way: str, worker: bytes, host: str) -> PeerPath:
+    """Return an end's word on its UCX worker; `instances` are the sender's and the receiver's."""
+    return PeerPath(way=way, worker=worker, host=host, proof=_proof(secret, instances, way, worker, host))
+
+
+def check_path(secret: bytes, instances: tuple[int, int], path: PeerPath) -> None:
+    """Verify that the address is from somebody who knows the secret, and for us, before UCX sees it.
+
+    Raises:
+        ProtocolError: it is not, or its host is no IPv4 address.
+    """
+    expected = _proof(secret, instances, path.way, path.worker, path.host)
+    if not hmac.compare_digest(path.proof, expected):
+        raise ProtocolError("the address of a UCX worker without the cluster secret's proof")
+    check_host(path.host)
+
+
+def _proof(secret: bytes, instances: tuple[int, int], way: str, worker: bytes, host: str) -> bytes:
+    words = b"\0".join((b"baton peer path", way.encode(), host.encode(), *(b"%d" % i for i in instances), worker))
+    return hmac.digest(secret, words, "sha256")
+
+
+def check_host(address: str) -> None:
+    """Verify that UCX connections may come from there. Raises ProtocolError."""
+    try:
+        ipaddress.IPv4Address(address)
+    except ValueError as error:
+        raise ProtocolError(f"a peer's connections come from an IPv4 address, not {address!r}") from error
 
 
 def _settle(identity: Identity, ours: Staging, theirs: Staging) -> Agreement:

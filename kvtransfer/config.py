@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ipaddress
 from dataclasses import dataclass
 
+from kvtransfer.devices import require_private
 from protocol.errors import ConfigError
 from protocol.kv_layout import Staging
 
@@ -15,6 +17,8 @@ class TransferConfig:
     Attributes:
         transport: "ucx" between processes, "inproc" inside one.
         host: address that a prefill worker's peer port binds to and that decode workers dial.
+        device: network device that payload between hosts goes through; None is the one that the address is of.
+        allow_public: a public address is meant, and what SECURITY.md says of it is known.
         kv_staging: where slots lie. "auto" is GPU memory if both ends have it and it passes the self-test, else host
             memory; "device" insists on GPU memory; "host" never uses it.
         slot_bytes: size of one staging slot, the largest piece; pages are touched once at start.
@@ -27,6 +31,8 @@ class TransferConfig:
 
     transport: str = "ucx"
     host: str = "127.0.0.1"
+    device: str | None = None
+    allow_public: bool = False
     kv_staging: Staging = "auto"
     slot_bytes: int = 4 << 20
     num_slots: int = 8
@@ -40,8 +46,18 @@ class TransferConfig:
             raise ConfigError(f"transport must be ucx or inproc, got {self.transport!r}")
         if self.kv_staging not in ("auto", "device", "host"):
             raise ConfigError(f"kv_staging must be auto, device or host, got {self.kv_staging!r}")
+        if _is_address(self.host):
+            require_private(self.host, allow_public=self.allow_public)
         if self.slot_bytes < 4096 or self.num_slots < 2:
             raise ConfigError("slot_bytes must be at least 4096 and num_slots at least 2")
         for name in ("connect_s", "progress_s", "grant_wait_s", "tombstone_s"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True

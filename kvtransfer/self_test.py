@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Awaitable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,18 +18,17 @@ from numpy.typing import NDArray
 from kvtransfer.slots import SlotStore
 from kvtransfer.transport import Buffer, Endpoint
 from protocol.errors import ProtocolError, TransferError
-from protocol.wire import Credit, PeerMessage, Tested
+from protocol.wire import Credit, Tested
 
 SMALL_BYTES = 64
 
 
-async def run_self_test(endpoint: Endpoint, store: SlotStore, credit: Awaitable[PeerMessage]) -> None:
+async def run_self_test(endpoint: Endpoint, store: SlotStore) -> None:
     """Move payload both ways and compare it. The caller bounds the time, and aborts the endpoint on any error.
 
     Args:
         endpoint: fresh, nothing posted on it.
         store: this end's slots.
-        credit: the peer's first message.
 
     Raises:
         TransferError: payload did not pass, or arrived damaged here or there, or its checksum is not what a CPU makes
@@ -47,7 +45,7 @@ async def run_self_test(endpoint: Endpoint, store: SlotStore, credit: Awaitable[
     is_sent = False
     try:
         endpoint.post(Credit(tags=tags, slot_bytes=store.slot_bytes))
-        theirs = await credit
+        theirs = await endpoint.receive()
         if not isinstance(theirs, Credit) or len(theirs.tags) != len(tags):
             raise ProtocolError(f"expected the self-test's Credit, got {type(theirs).__name__}")
         payloads = [
@@ -60,16 +58,22 @@ async def run_self_test(endpoint: Endpoint, store: SlotStore, credit: Awaitable[
     finally:
         if not is_sent:
             pool.give(whole[1])
-    await asyncio.wait([*arrivals, *sends])
-    for done in (*arrivals, *sends):
-        done.result()
-    for buffer, tag in zip(received, tags, strict=True):
-        payload = buffer[: min(buffer.nbytes, max(theirs.slot_bytes, SMALL_BYTES))]
-        _compare(store, payload, tag, endpoint.agreement.checksum)
-    # Each end has seen one direction. Who went on without the other's word would dial the same broken way for ever.
-    endpoint.post(Tested())
-    if not isinstance(word := await endpoint.receive(), Tested):
-        raise ProtocolError(f"expected Tested, got {type(word).__name__}")
+    # Read on meanwhile: a peer that leaves now may show there only.
+    word = asyncio.ensure_future(endpoint.receive())
+    try:
+        await asyncio.wait([*arrivals, *sends])
+        for done in (*arrivals, *sends):
+            done.result()
+        for buffer, tag in zip(received, tags, strict=True):
+            payload = buffer[: min(buffer.nbytes, max(theirs.slot_bytes, SMALL_BYTES))]
+            _compare(store, payload, tag, endpoint.agreement.checksum)
+        # Each end has seen one direction. Who went on without the other's word would dial the same broken way for ever.
+        endpoint.post(Tested())
+        if not isinstance(said := await word, Tested):
+            raise ProtocolError(f"expected Tested, got {type(said).__name__}")
+    finally:
+        if not word.cancel() and not word.cancelled():
+            word.exception()  # the endpoint has told it
 
 
 def _filled(store: SlotStore, slot: Buffer, tag: int) -> Buffer:

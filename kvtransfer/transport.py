@@ -91,7 +91,10 @@ class Endpoint(ABC):
     @property
     @abstractmethod
     def lost(self) -> asyncio.Future[str]:
-        """Future that resolves to the reason when the connection is over; never cancel it."""
+        """Future that resolves to the reason when the connection is over; never cancel it.
+
+        That the peer is gone shows while somebody receives, and only then for certain.
+        """
 
     @abstractmethod
     def post(self, message: PeerMessage) -> None:

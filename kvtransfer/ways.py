@@ -4,6 +4,11 @@
     between hosts:  host memory over TCP
     UCX_TLS set:    GPU memory ──► host memory, both over what the user names
 
+Shared memory is all that the second way has: no port is opened for it. There the receiver fetches what it was told of
+(get_zcopy), so nobody writes into its memory but itself. Over TCP payload is sent as messages, in segments so large
+that it costs no more than UCX's remote writes would (am instead of put_zcopy, which an endpoint made of an address
+does not have: without a peer's death it would never end what was half received).
+
 Between hosts GPU memory is not tried unasked: the UCX of ucxx's wheel has no RDMA, and GPU memory over TCP would pass
 through UCX's own bounce buffers instead of our pinned slots. With a UCX that has RDMA the user names the transports:
 RAPIDS_LIBUCX_PREFER_SYSTEM_LIBRARY=true UCX_TLS=rc,cuda_copy,cuda_ipc,tcp,self.
@@ -17,8 +22,13 @@ from typing import Final
 
 from protocol.kv_layout import Staging
 
-TCP_ONLY: Final = {"TLS": "tcp,self", "RNDV_SCHEME": "put_zcopy"}
-SHARED_MEMORY: Final = {"TLS": "posix,cma,tcp,self", "RNDV_SCHEME": "auto"}
+TCP_ONLY: Final = {
+    "TLS": "tcp,self",
+    "RNDV_SCHEME": "am",
+    "TCP_TX_SEG_SIZE": "512K",
+    "TCP_RX_SEG_SIZE": "512K",
+}
+SHARED_MEMORY: Final = {"TLS": "posix,cma,self", "RNDV_SCHEME": "get_zcopy"}
 CUDA_IPC: Final = {"TLS": "posix,cma,cuda_copy,cuda_ipc,tcp,self", "RNDV_SCHEME": "auto"}
 CUDA_OVER_TCP: Final = {"TLS": "cuda_copy,tcp,self", "RNDV_SCHEME": "auto"}
 

@@ -4,7 +4,7 @@ Three conversations, each over an authenticated `protocol.channel.Channel`:
 
     handshake   Challenge ─ Proof ─ Accept                       (precedes everything)
     control     worker ─dials─► router: Register, Heartbeat, Tokens … / Welcome, Reserve, Prefill, Abort …
-    peer        decode ─dials─► prefill: PeerHello, Grant, Credit, Landed … / PeerReady, Piece, Commit …
+    peer        decode ─dials─► prefill: PeerHello, PeerPath, Grant, Credit … / PeerReady, PeerPath, Piece, Commit …
 
 Encoding is MessagePack with every length capped before anything is built, then typed validation. No extension types,
 no pickle. A message starts with its type name; unknown fields are ignored, unknown types are refused.
@@ -15,6 +15,7 @@ History of WIRE_VERSION (raise it when an old peer would misread a new message):
     3  a prompt may be followed by what was emitted before, computed by prefill: FirstToken is the token after that
     4  sampling may carry a grammar, and a prompt may be computed for a readout: an old worker would ignore both
     5  decode reserves blocks when a prompt begins, which prefill says with Begin: an old peer would wait for ever
+       and payload goes between two UCX workers whose addresses each end says (PeerPath); no port, no token
 """
 
 from __future__ import annotations
@@ -302,23 +303,37 @@ class PeerHello(Message, frozen=True, kw_only=True):
 
 
 class PeerReady(Message, frozen=True, kw_only=True):
-    """The fingerprints agree. `payload_port` and the one-time `payload_token` open the payload connection.
+    """The fingerprints agree.
 
-    `staging` as in the hello, now the acceptor's; `checksum` is the one that every piece of this connection carries.
+    `staging` as in the hello, now the acceptor's; `checksum` is the one that every piece of this connection carries;
+    `payload_host` is the IPv4 address that the acceptor's UCX connections come from.
     """
 
     worker_id: Name
     instance: Id
     staging: Staging = "host"
     checksum: Name = "xxh3"
-    payload_port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 0
-    payload_token: Annotated[bytes, msgspec.Meta(max_length=64)] = b""
+    payload_host: Name = ""
 
 
 class PeerRefused(Message, frozen=True, kw_only=True):
     """The acceptor will not talk: the fingerprints differ, or no checksum is known to both."""
 
     reason: Text
+
+
+class PeerPath(Message, frozen=True, kw_only=True):
+    """The dialer, then the acceptor: the UCX worker that this connection has there, and the way that it goes.
+
+    `way` names UCX's transports, `worker` is its address, opaque, and `host` the IPv4 address that its connections
+    come from. UCX ends the process over an address that is none, so `proof` says who made it: an HMAC by the cluster
+    secret over the rest and both ends' instances, the sender's first.
+    """
+
+    way: Name
+    worker: Annotated[bytes, msgspec.Meta(min_length=1, max_length=4096)]
+    host: Name
+    proof: Annotated[bytes, msgspec.Meta(max_length=32)]
 
 
 class Tested(Message, frozen=True, kw_only=True):
@@ -394,7 +409,19 @@ HandshakeMessage = Challenge | Proof | Accept
 WorkerMessage = Register | Heartbeat | Links | FirstToken | Readings | Tokens | Declined | Preempted | TransferFailed
 RouterMessage = Welcome | Dismissed | Pulse | Members | Reserve | Prefill | Abort | Drain
 PeerMessage = (
-    PeerHello | PeerReady | PeerRefused | Tested | Credit | Begin | Grant | Piece | Commit | Landed | Resend | PeerAbort
+    PeerHello
+    | PeerReady
+    | PeerRefused
+    | PeerPath
+    | Tested
+    | Credit
+    | Begin
+    | Grant
+    | Piece
+    | Commit
+    | Landed
+    | Resend
+    | PeerAbort
 )
 AnyMessage = HandshakeMessage | WorkerMessage | RouterMessage | PeerMessage
 

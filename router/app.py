@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
 import signal
 import socket
 import time
@@ -145,6 +146,8 @@ class Router:
         self._runners.append(runner)
         site: web.BaseSite
         if fd is not None:
+            # It came over an exec, and would go on into every process that is started here.
+            os.set_inheritable(fd, False)
             site = web.SockSite(runner, socket.socket(fileno=fd), backlog=BACKLOG)
         else:
             site = web.TCPSite(runner, host, port, backlog=BACKLOG)

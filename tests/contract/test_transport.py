@@ -128,10 +128,13 @@ async def test_abort_with_payload_in_flight_frees_every_buffer(site: Site, who: 
     big = 8 << 20
     receives = [ends[0].post_receive(np.zeros(big, np.uint8), n) for n in range(4)]
     sends = [ends[1].send(random_bytes(big), n) for n in range(6)]  # two without a receive
+    readers = [asyncio.create_task(end.receive()) for end in ends]  # as everybody who has an endpoint does
     await asyncio.sleep(0.001)
     ends[who].abort("enough")
-    _, pending = await asyncio.wait([*receives, *sends], timeout=2)
+    everything: list[asyncio.Future[Any]] = [*receives, *sends, *readers]
+    _, pending = await asyncio.wait(everything, timeout=2)
     assert not pending
+    assert all(isinstance(reader.exception(), PeerLost) for reader in readers)
 
 
 async def test_the_end_of_one_connection_leaves_the_others_alone(site: Site) -> None:

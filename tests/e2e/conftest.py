@@ -36,6 +36,13 @@ def colocated(gguf: Path, cache_dir: Path, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="session")
+def minilm(cache_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A router and two workers that embed."""
+    with serving("minilm", tmp_path_factory.mktemp("minilm"), cache_dir, "--prefill", "2") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
 def golden() -> list[dict[str, Any]]:
     """Prompts with their greedy continuation by transformers in float32."""
     prompts: list[dict[str, Any]] = json.loads(GOLDEN.read_text())["prompts"]

@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +15,11 @@ import openai
 import pytest
 
 from tests.e2e.client import session
-from tests.e2e.server import Server, serving, wait_until
+from tests.e2e.server import Server, wait_until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.model]
 
 GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "minilm.json").read_text(encoding="utf-8"))["texts"]
-
-
-@pytest.fixture(scope="module")
-def minilm(cache_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A router and two workers that embed."""
-    with serving("minilm", tmp_path_factory.mktemp("minilm"), cache_dir, "--prefill", "2") as server:
-        yield server
 
 
 def _client(server: Server) -> openai.AsyncOpenAI:

@@ -1,4 +1,4 @@
-"""What only the UCX transport has: its settings, its secret, its payload port, and its way round shared memory."""
+"""What only the UCX transport has: its settings, its secret, its workers, and its way round shared memory."""
 
 from __future__ import annotations
 
@@ -9,25 +9,28 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import numpy as np
 import pytest
 import pytest_asyncio
+from msgspec.structs import replace
 
 from kvtransfer import self_test, ucx, ucx_driver
+from kvtransfer.agreement import path_of
 from kvtransfer.config import TransferConfig
 from kvtransfer.self_test import run_self_test
 from kvtransfer.slots import SlotStore
 from kvtransfer.transport import Endpoint, Identity, Listener
 from kvtransfer.ucx import DEFAULTS, UcxEndpoint, UcxTransport
-from kvtransfer.ucx_driver import TOKEN_BYTES, UcxDriver
+from kvtransfer.ucx_driver import UcxContext, UcxDriver
 from kvtransfer.ways import CUDA_IPC, TCP_ONLY
-from protocol.channel import dial
+from protocol.channel import Channel, dial
 from protocol.errors import AuthenticationFailed, ConfigError, PeerLost, ProtocolError, TransferError
-from protocol.wire import Credit, Grant, PeerHello, PeerMessage, PeerReady, Pulse
+from protocol.wire import Credit, Grant, PeerHello, PeerReady, Pulse
 from tests.contract.workers import SECRET, until
 from tests.kvtransfer.memory_region import DeviceRegion, fingerprint
 
@@ -52,17 +55,17 @@ class Hall:
         return f"http://127.0.0.1:{self.listener.address.port}/peer"
 
     @property
-    def driver(self) -> UcxDriver:
-        """The listening side's driver."""
-        return next(iter(self.listening._drivers.values()))
+    def context(self) -> UcxContext:
+        """The listening side's first UCX context, the one for shared memory."""
+        return next(iter(self.listening._contexts.values()))
 
-    async def ready(self, session: aiohttp.ClientSession) -> tuple[object, PeerReady]:
+    async def ready(self, session: aiohttp.ClientSession) -> Channel:
         """Go through the channel's handshake by hand, up to PeerReady."""
         channel = await dial(session, self.url, SECRET, "peer")
         channel.post(PeerHello(worker_id="d0", instance=2, fingerprint=fingerprint()))
         ready = await channel.receive()
-        assert isinstance(ready, PeerReady)
-        return channel, ready
+        assert isinstance(ready, PeerReady) and ready.payload_host == "127.0.0.1"
+        return channel
 
 
 @pytest_asyncio.fixture
@@ -110,77 +113,72 @@ async def test_an_idle_connection_costs_nothing(hall: Hall) -> None:
     assert not waiting.done()
 
 
-async def test_a_stranger_on_the_payload_port_is_cut_off(hall: Hall, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ucx_driver, "ADMISSION_BUDGET_S", 0.2)
-    port, stranger = hall.driver.listen(), UcxDriver(hall.dialing._api, TCP_ONLY)
-    silent = stranger._api.lib.UCXEndpoint.create(stranger._worker, "127.0.0.1", port, True)
-    lying = await stranger.connect("127.0.0.1", port, secrets.token_bytes(TOKEN_BYTES))
-    closed: list[str] = []
-    stranger.watch(silent, lambda: closed.append("silent"))
-    stranger.watch(lying, lambda: closed.append("lying"))
-    await until(lambda: sorted(closed) == ["lying", "silent"], budget_s=3)
-    assert hall.accepted.empty() and not hall.driver._admitting
-    await works(hall)
-    for endpoint in (silent, lying):
-        stranger.close_endpoint(endpoint)
-    await stranger.close()
-
-
-async def test_what_is_posted_on_a_dead_endpoint_ends(hall: Hall, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stranger may be gone before its endpoint is looked at. UCX would keep what is posted then for ever."""
-    accepted: list[object] = []
-    monkeypatch.setattr(hall.driver, "_start_admission", accepted.append)
-    stranger = UcxDriver(hall.dialing._api, TCP_ONLY)
-    endpoint = await stranger.connect("127.0.0.1", hall.driver.listen(), secrets.token_bytes(TOKEN_BYTES))
-    await until(lambda: bool(accepted))
-    stranger.close_endpoint(endpoint)
-    await until(lambda: not accepted[0].alive)  # type: ignore[attr-defined]
-    posted = hall.driver.receive(accepted[0], np.zeros(10, np.uint8), 5)
+async def test_what_is_posted_on_a_dead_endpoint_ends(hall: Hall) -> None:
+    """The peer may be gone before its endpoint is used. UCX would keep what is posted then for ever."""
+    context = UcxContext(hall.dialing._api, {**TCP_ONLY, "NET_DEVICES": "lo"})
+    ours, theirs = context.open("127.0.0.1"), context.open("127.0.0.1")
+    ours.connect(theirs.address)
+    theirs.connect(ours.address)
+    arrived = theirs.receive(np.zeros(10, np.uint8), 1)
+    await asyncio.wait({ours.send(np.zeros(10, np.uint8), 1), arrived}, timeout=2)
+    theirs.end()
+    await until(lambda: not ours._endpoint.alive)
+    posted = ours.receive(np.zeros(10, np.uint8), 5)
     await asyncio.wait({posted}, timeout=1)
     assert isinstance(posted.exception(), PeerLost)
-    hall.driver.close_endpoint(accepted[0])
-    assert hall.listening.num_pending == 0
-    await stranger.close()
-    monkeypatch.undo()
-    await works(hall)
+    await context.close()
+    assert context.num_pending == 0
 
 
 async def test_a_dialer_that_leaves_in_the_handshake_is_noticed_at_once(
     hall: Hall, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with aiohttp.ClientSession() as session:
-        channel, _ = await hall.ready(session)
-        channel.abort("changed our mind")  # type: ignore[attr-defined]
+        channel = await hall.ready(session)
+        channel.abort("changed our mind")
         await until(lambda: "no connection with the peer" in caplog.text, budget_s=1)
-        await channel.close()  # type: ignore[attr-defined]
-    assert not hall.driver._expected
+        await channel.close()
+    assert not hall.context._drivers
 
 
-async def test_a_token_admits_once(hall: Hall, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("secret", "changes", "reason"),
+    [
+        (b"x" * 32, {}, "without the cluster secret's proof"),
+        (SECRET, {"worker": b"no address at all"}, "without the cluster secret's proof"),
+        (SECRET, {"way": "tcp,self"}, "without the cluster secret's proof"),
+        (SECRET, {"proof": b""}, "without the cluster secret's proof"),
+        (SECRET, {"instances": (1, 2)}, "without the cluster secret's proof"),
+        (SECRET, {"host": "fe80::1"}, "not 'fe80::1'"),
+        (SECRET, {"host": "prefill.example"}, "not 'prefill.example'"),
+    ],
+)
+async def test_ucx_sees_no_address_that_is_not_vouched_for(
+    hall: Hall, caplog: pytest.LogCaptureFixture, secret: bytes, changes: dict[str, Any], reason: str
+) -> None:
+    """UCX aborts the process over bytes that are no address."""
     async with aiohttp.ClientSession() as session:
-        channel, ready = await hall.ready(session)
-        thief = UcxDriver(hall.dialing._api, TCP_ONLY)
-        first = await thief.connect("127.0.0.1", ready.payload_port, ready.payload_token)
-        second = await thief.connect("127.0.0.1", ready.payload_port, ready.payload_token)
-        closed: list[int] = []
-        thief.watch(second, lambda: closed.append(2))
-        await until(lambda: closed == [2], budget_s=3)
-        thief.close_endpoint(first)
-        thief.close_endpoint(second)
-        await thief.close()
-        channel.abort("done")  # type: ignore[attr-defined]
-        await channel.close()  # type: ignore[attr-defined]
+        channel = await hall.ready(session)
+        instances, host = changes.pop("instances", (2, 1)), changes.pop("host", "127.0.0.1")
+        honest = path_of(secret, instances, "posix,cma,self", b"of a worker", host)
+        channel.post(replace(honest, **changes))
+        with pytest.raises(PeerLost):
+            await asyncio.wait_for(channel.receive(), 3)
+        await channel.close()
+    assert reason in caplog.text
+    assert hall.accepted.empty() and not hall.context._drivers
+    await works(hall)
 
 
-async def test_a_peer_that_never_opens_its_payload_connection_is_dropped(hall: Hall) -> None:
+async def test_a_peer_that_never_says_its_path_is_dropped(hall: Hall) -> None:
     hall.listening._config = TransferConfig(slot_bytes=65536, num_slots=4, connect_s=0.3)
     async with aiohttp.ClientSession() as session:
-        channel, _ = await hall.ready(session)
+        channel = await hall.ready(session)
         with pytest.raises(PeerLost):
             while True:
-                await asyncio.wait_for(channel.receive(), 3)  # type: ignore[attr-defined]
-        await channel.close()  # type: ignore[attr-defined]
-    assert hall.accepted.empty() and not hall.driver._expected
+                await asyncio.wait_for(channel.receive(), 3)
+        await channel.close()
+    assert hall.accepted.empty() and not hall.context._drivers
     await works(hall)
 
 
@@ -202,17 +200,17 @@ async def test_tcp_takes_over_where_shared_memory_fails_its_test(
         pytest.skip("the user chose UCX's transports")
     tried: list[str] = []
 
-    async def fail_on_shared_memory(endpoint: UcxEndpoint, slots: SlotStore, credit: Awaitable[PeerMessage]) -> None:
-        if endpoint._driver in hall.dialing._drivers.values():
-            tried.append(next(name for name, d in hall.dialing._drivers.items() if d is endpoint._driver))
+    async def fail_on_shared_memory(endpoint: UcxEndpoint, slots: SlotStore) -> None:
+        if not any(endpoint._driver in context._drivers for context in hall.listening._contexts.values()):
+            tried.append(endpoint._driver._context._options["TLS"])
             if "posix" in tried[-1]:
-                await credit
+                await endpoint.receive()
                 raise TransferError("no ptrace permission")
-        await run_self_test(endpoint, slots, credit)
+        await run_self_test(endpoint, slots)
 
     monkeypatch.setattr(ucx, "run_self_test", fail_on_shared_memory)
     dialer = await works(hall)
-    assert tried == ["posix,cma,tcp,self", "tcp,self"]
+    assert tried == ["posix,cma,self", "tcp,self"]
     assert "no ptrace permission" in caplog.text
     dialer.abort("cable")
     await works(hall)
@@ -257,8 +255,7 @@ async def test_a_cancelled_dial_leaves_nothing_open(hall: Hall) -> None:
 
 async def test_a_host_that_nobody_can_dial_is_a_configuration_error() -> None:
     for host, reason in (
-        ("0.0.0.0", "decode workers can dial"),
-        ("192.0.2.1", "cannot be listened on"),
+        ("192.0.2.1", "no network device has 192.0.2.1"),
         ("::1", "no IPv4 address"),
         ("no such host", "no IPv4 address"),
     ):
@@ -295,7 +292,7 @@ def test_settings_of_the_user_stay() -> None:
     code = (
         "import kvtransfer.ucx as u; from kvtransfer.transport import _host_slots; "
         "t = u.UcxTransport(u.TransferConfig(), b''); "
-        "print([(w.staging, w.options) for w in t._ways('127.0.0.1', _host_slots())])"
+        "print([(w.staging, w.options) for w in t._ways('127.0.0.1', t._device('127.0.0.1'), _host_slots())])"
     )
     assert run_python(code, UCX_TLS="tcp,self") == "[('host', {})]"
 
@@ -352,9 +349,7 @@ async def test_device_memory_on_a_connection_that_does_not_take_it_is_an_error_o
 async def test_with_device_memory_the_driver_looks_by_itself_while_there_is_work(
     hall: Hall, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ucx_driver, "offered_device_transports", lambda context: frozenset({"cuda_copy"}))
-    monkeypatch.setattr(ucx_driver, "CUDA_LOOK_FOR_S", 0.2)
-    looking, plain = UcxDriver(hall.dialing._api, CUDA_IPC), hall.driver
+    monkeypatch.setattr(ucx_driver, "LOOK_FOR_S", 0.2)
     turns: Counter[UcxDriver] = Counter()
 
     def counting(driver: UcxDriver) -> None:
@@ -364,14 +359,17 @@ async def test_with_device_memory_the_driver_looks_by_itself_while_there_is_work
     progress = UcxDriver._reap
     monkeypatch.setattr(UcxDriver, "_reap", counting)
     dialer = await works(hall)
-    raw = await looking.connect("127.0.0.1", plain.listen(), secrets.token_bytes(TOKEN_BYTES))
-    waiting = [looking.receive(raw, np.zeros(10, np.uint8), 5), dialer.post_receive(np.zeros(10, np.uint8), 6)]
+    monkeypatch.setattr(ucx_driver, "offered_device_transports", lambda context: frozenset({"cuda_copy"}))
+    context = UcxContext(hall.dialing._api, {**CUDA_IPC, "NET_DEVICES": "lo"})
+    looking, other, plain = context.open("127.0.0.1"), context.open("127.0.0.1"), dialer._driver
+    looking.connect(other.address)
+    waiting = [looking.receive(np.zeros(10, np.uint8), 5), dialer.post_receive(np.zeros(10, np.uint8), 6)]
     await asyncio.sleep(0.1)
     assert turns[looking] > 20 and turns[looking] > 2 * turns[plain]
     await asyncio.sleep(0.3)
     before = turns[looking]
     await asyncio.sleep(0.1)
     assert turns[looking] - before < 5  # idle, with a receive posted
-    looking.close_endpoint(raw)
+    looking.end()
     await asyncio.wait(waiting[:1], timeout=1)
-    await looking.close()
+    await context.close()
