@@ -26,7 +26,7 @@ from kvtransfer.config import TransferConfig
 from kvtransfer.pieces import cut, require_slot_holds_layer
 from kvtransfer.slots import Slots, SlotStore
 from kvtransfer.stats import TransferStats
-from kvtransfer.tombstones import Tombstones
+from kvtransfer.tombstones import Ending, Tombstones
 from kvtransfer.transport import Buffer, Completion, Endpoint
 from protocol.errors import PeerLost, ProtocolError, TransferError
 from protocol.handoff import Sending, SendInstruction, SendRange
@@ -78,7 +78,7 @@ class SendSide:
             here, on the calling thread: on a GPU that thread has a CUDA context before UCX is told of the memory.
         config: budgets and slot sizes.
         on_ended: called exactly once per opened transfer, never from inside a method: (transfer_id, None) when it
-            landed, else (transfer_id, reason). Its blocks are not read any more.
+            landed, else (transfer_id, ending). Its blocks are not read any more.
         on_broken: called with the error of a task of ours that should never end: nothing is sent any more.
         is_expected: whether the prompt of a transfer that is not open yet waits here for its turn. A GRANT waits with
             it, however long that is; one that nobody expects is given back.
@@ -91,7 +91,7 @@ class SendSide:
         self,
         region: KVRegion,
         config: TransferConfig,
-        on_ended: Callable[[int, str | None], None],
+        on_ended: Callable[[int, Ending | None], None],
         on_broken: Callable[[BaseException], None] = lambda _: None,
         is_expected: Callable[[int], bool] = lambda _: False,
     ) -> None:
@@ -166,8 +166,8 @@ class SendSide:
         blocks = tuple(block_ids)
         transfer = _Outgoing(transfer_id, receiver_id, blocks, Sending(len(blocks)), _now())
         self._transfers[transfer_id] = transfer
-        if (reason := self._gone.reason(transfer_id)) is not None:
-            self._end(transfer, f"was over before it began: {reason}")
+        if (over := self._gone.ending(transfer_id)) is not None:
+            self._end(transfer, Ending(f"was over before it began: {over.reason}", over.is_failure))
         elif (early := self._early.pop(transfer_id, None)) is not None:
             peer, grant, _ = early
             try:
@@ -191,19 +191,14 @@ class SendSide:
             self._obey(transfer, transfer.machine.commit())
 
     def abort(self, transfer_id: int, reason: str) -> None:
-        """End a transfer and tell its receiver; idempotent. No gather happens after it returns."""
-        transfer = self._transfers.get(transfer_id)
-        if transfer is None:
-            self._gone.add(transfer_id, reason)
-            return
-        self._tell_abort(transfer.peer or self._peers.get(transfer.receiver_id), transfer_id, reason)
-        self._end(transfer, reason)
+        """Call a transfer off and tell its receiver; idempotent. No gather happens after it returns."""
+        self._abort(transfer_id, Ending(reason, is_failure=False))
 
     async def close(self) -> None:
         """End every transfer and endpoint; returns after the last `on_ended`."""
         self._is_closed = True
         for transfer in list(self._transfers.values()):
-            self.abort(transfer.transfer_id, "sender closed")
+            self._abort(transfer.transfer_id, Ending("sender closed"))
         for peer in list(self._peers.values()):
             await peer.endpoint.close()
             self._lose(peer, "sender closed")
@@ -258,8 +253,8 @@ class SendSide:
                 self._drop_early(next(iter(self._early)), "too many grants wait for their prefill")
         elif transfer is None or transfer.receiver_id != peer.endpoint.peer_id:
             self._stats.num_late_messages += 1
-            reason = self._gone.reason(grant.transfer_id) or "meant for another receiver"
-            self._tell_abort(peer, grant.transfer_id, reason)
+            ending = self._gone.ending(grant.transfer_id) or Ending("meant for another receiver")
+            self._tell_abort(peer, grant.transfer_id, ending)
         else:
             instructions = transfer.machine.grant(grant.num_blocks, grant.num_cached_blocks)
             transfer.peer = peer
@@ -288,10 +283,11 @@ class SendSide:
     def _take_abort(self, peer: _Peer, message: PeerAbort) -> None:
         self._early.pop(message.transfer_id, None)
         transfer = self._transfers.get(message.transfer_id)
+        ending = Ending(f"receiver: {message.reason}", message.is_failure)
         if transfer is not None and transfer.receiver_id == peer.endpoint.peer_id:
-            self._end(transfer, f"receiver: {message.reason}")
+            self._end(transfer, ending)
         elif transfer is None and message.transfer_id not in self._gone:
-            self._gone.add(message.transfer_id, f"receiver: {message.reason}")
+            self._gone.add(message.transfer_id, ending)
         else:
             self._stats.num_late_messages += 1
 
@@ -351,7 +347,7 @@ class SendSide:
             log.error("transfer %d: %s", transfer.transfer_id, error)
             peer.slots.give(slot)
             peer.credits.append(tag)
-            self.abort(transfer.transfer_id, str(error))
+            self._abort(transfer.transfer_id, Ending(str(error)))
             return
         peer.endpoint.post(header)
         self._stats.num_bytes += payload.nbytes
@@ -406,19 +402,27 @@ class SendSide:
 
     # --- ends --------------------------------------------------------------------------------------------------------
 
-    def _end(self, transfer: _Outgoing, reason: str | None) -> None:
+    def _abort(self, transfer_id: int, ending: Ending) -> None:
+        transfer = self._transfers.get(transfer_id)
+        if transfer is None:
+            self._gone.add(transfer_id, ending)
+            return
+        self._tell_abort(transfer.peer or self._peers.get(transfer.receiver_id), transfer_id, ending)
+        self._end(transfer, ending)
+
+    def _end(self, transfer: _Outgoing, ending: Ending | None) -> None:
         del self._transfers[transfer.transfer_id]
         transfer.machine.abort()
         transfer.ranges.clear()
-        self._gone.add(transfer.transfer_id, reason or "landed")
-        if reason is None:
+        self._gone.add(transfer.transfer_id, ending or Ending("landed", is_failure=False))
+        if ending is None:
             self._stats.num_transfers += 1
             self._stats.num_blocks += transfer.machine.num_blocks - transfer.machine.num_cached_blocks
             self._stats.num_blocks_skipped += transfer.machine.num_cached_blocks
             self._stats.transfer_s += _now() - transfer.granted_s
         else:
-            self._stats.num_transfers_failed += 1
-        asyncio.get_running_loop().call_soon(self._on_ended, transfer.transfer_id, reason)
+            self._stats.ended(ending)
+        asyncio.get_running_loop().call_soon(self._on_ended, transfer.transfer_id, ending)
 
     def _lose(self, peer: _Peer, reason: str) -> None:
         if self._peers.get(peer.endpoint.peer_id) is not peer:
@@ -428,18 +432,20 @@ class SendSide:
         peer.queue.clear()
         for transfer_id in [i for i, (early_peer, _, _) in self._early.items() if early_peer is peer]:
             del self._early[transfer_id]
-            self._gone.add(transfer_id, "its receiver was lost")
+            self._gone.add(transfer_id, Ending("its receiver was lost"))
         for transfer in [t for t in self._transfers.values() if t.receiver_id == peer.endpoint.peer_id]:
-            self._end(transfer, f"decode worker {peer.endpoint.peer_id} lost: {reason}")
+            self._end(transfer, Ending(f"decode worker {peer.endpoint.peer_id} lost: {reason}"))
 
-    def _tell_abort(self, peer: _Peer | None, transfer_id: int, reason: str) -> None:
+    def _tell_abort(self, peer: _Peer | None, transfer_id: int, ending: Ending) -> None:
         if peer is not None:
-            peer.endpoint.post(PeerAbort(transfer_id=transfer_id, reason=reason[:4096]))
+            peer.endpoint.post(
+                PeerAbort(transfer_id=transfer_id, reason=ending.reason[:4096], is_failure=ending.is_failure)
+            )
 
     def _drop_early(self, transfer_id: int, reason: str) -> None:
-        peer, _, _ = self._early.pop(transfer_id)
-        self._gone.add(transfer_id, reason)
-        self._tell_abort(peer, transfer_id, reason)
+        (peer, _, _), ending = self._early.pop(transfer_id), Ending(reason)
+        self._gone.add(transfer_id, ending)
+        self._tell_abort(peer, transfer_id, ending)
 
     async def _watch(self) -> None:
         interval_s = min(self._config.progress_s, self._config.grant_wait_s, self._config.tombstone_s) / 5
@@ -459,7 +465,9 @@ class SendSide:
             return  # it ended with its peer earlier in this round
         if peer is None:
             if transfer.first_token_id is not None and waited_s > self._config.grant_wait_s:
-                self.abort(transfer.transfer_id, f"no grant within {self._config.grant_wait_s} s of the commit")
+                self._abort(
+                    transfer.transfer_id, Ending(f"no grant within {self._config.grant_wait_s} s of the commit")
+                )
         elif waited_s <= self._config.progress_s:
             return
         elif transfer.num_in_flight:
@@ -468,7 +476,7 @@ class SendSide:
             lacking = "free slot" if peer.credits else "credit"  # aborted transfers may hold the slots
             self._give_up(peer, f"no {lacking} for {now_s - peer.moved_s:.1f} s")
         elif transfer.is_commit_said:
-            self.abort(transfer.transfer_id, f"not landed {waited_s:.1f} s after its last piece")
+            self._abort(transfer.transfer_id, Ending(f"not landed {waited_s:.1f} s after its last piece"))
 
     def _give_up(self, peer: _Peer, reason: str) -> None:
         """A payload connection that stalls is of no use to anyone: end it, which also frees its slots."""

@@ -34,6 +34,7 @@ from engine.sequence import Sequence
 from engine.service import WorkerService, drain_on_signals, new_registration
 from kvtransfer.sending import SendSide
 from kvtransfer.stats import TransferStats
+from kvtransfer.tombstones import Ending
 from kvtransfer.transport import Identity, Listener, Transport
 from kvtransfer.transports import open_transport
 from prefill.config import PrefillConfig
@@ -212,6 +213,7 @@ class PrefillWorker:
             num_cached_tokens=counters.num_cached_tokens,
             num_transfers=sent.num_transfers,
             num_transfers_failed=sent.num_transfers_failed,
+            num_transfers_cancelled=sent.num_transfers_cancelled,
             num_bytes_transferred=sent.num_bytes,
             num_blocks_transferred=sent.num_blocks,
             num_blocks_skipped=sent.num_blocks_skipped,
@@ -285,12 +287,13 @@ class PrefillWorker:
         self.service.tell(ready.transfer_id, message)
         self.service.release(ready.transfer_id)
 
-    def _on_transfer_ended(self, transfer_id: int, failure: str | None) -> None:
+    def _on_transfer_ended(self, transfer_id: int, ending: Ending | None) -> None:
         self._open_transfers.discard(transfer_id)
         self._compute.post(self._stepper, TransferEnded(transfer_id))
-        if failure is not None and self.service.holds(transfer_id):
+        if ending is not None and self.service.holds(transfer_id):
             self._compute.post(self._stepper, AbortJob(transfer_id))
-            self.service.tell(transfer_id, TransferFailed(transfer_id=transfer_id, reason=failure[:4000]))
+            if ending.is_failure:
+                self.service.tell(transfer_id, TransferFailed(transfer_id=transfer_id, reason=ending.reason[:4000]))
         self.service.release(transfer_id)
 
     def _is_held(self, transfer_id: int) -> bool:

@@ -131,6 +131,7 @@ class WorkerStats(msgspec.Struct, frozen=True, kw_only=True):
     num_replayed_tokens: Count = 0
     num_transfers: Count = 0
     num_transfers_failed: Count = 0
+    num_transfers_cancelled: Count = 0
     num_bytes_transferred: Count = 0
     num_blocks_transferred: Count = 0
     num_blocks_skipped: Count = 0
@@ -375,10 +376,14 @@ class Resend(Message, frozen=True, kw_only=True):
 
 
 class PeerAbort(Message, frozen=True, kw_only=True):
-    """Either side: this transfer is over; late pieces will be refused."""
+    """Either side: this transfer is over; late pieces will be refused.
+
+    `is_failure`: something broke. Else it was called off, by the router or because nothing is left to send for.
+    """
 
     transfer_id: Id
     reason: Text
+    is_failure: bool = True
 
 
 HandshakeMessage = Challenge | Proof | Accept

@@ -151,6 +151,11 @@ class Dispatch:
             out += self._end(request, Fail(request.request_id, error), "waited too long")
         return out
 
+    def request_of(self, transfer_id: int) -> int | None:
+        """Return whose present placement this is; None if it is history."""
+        request = self._by_transfer.get(transfer_id)
+        return None if request is None else request.request_id
+
     # --- events from workers ---
 
     def first_token(self, key: WorkerKey, message: FirstToken, now_s: float) -> list[Instruction]:

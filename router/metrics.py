@@ -35,7 +35,8 @@ _TRANSFERS: Final = (
     ("num_blocks_skipped", "transfer_blocks_skipped", "KV blocks not sent, since decode held them already."),
     ("transfer_s", "transfer_seconds", "Time that transfers took, added up."),
     ("num_transfers", "transfers", "Transfers that landed."),
-    ("num_transfers_failed", "transfers_failed", "Transfers that failed."),
+    ("num_transfers_failed", "transfers_failed", "Transfers that broke."),
+    ("num_transfers_cancelled", "transfers_cancelled", "Transfers called off: nobody wanted them any more."),
 )
 _MAX_KNOWN_WORKERS: Final = 1024
 _MAX_GONE_WORKERS: Final = 64

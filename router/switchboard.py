@@ -337,7 +337,9 @@ class Switchboard:
             case Preempted():
                 self._run(self.dispatch.preempted(key, message, now_s))
             case TransferFailed():
-                log.warning("transfer failed, says %s: %s", key.worker_id, message.reason)
+                # What is history by now has failed nobody.
+                level = logging.DEBUG if self.dispatch.request_of(message.transfer_id) is None else logging.WARNING
+                log.log(level, "placement %d failed at %s: %s", message.transfer_id, key.worker_id, message.reason)
                 self._run(self.dispatch.transfer_failed(key, message, now_s))
             case Links():
                 self.registry.set_links(key, message.peers)
