@@ -95,6 +95,8 @@ class Register(Message, frozen=True, kw_only=True):
 
     `phases_agree`: a prompt's chunks and decode's steps give the same bits, whoever computes a token.
     `embedding`: what vectors it gives, if it gives any. An encoder has no address: it sends no KV.
+    `prompt_tokens_per_s`: a prefill worker's own measurement of short prompts; 0 is unknown. Each token of context adds
+    `context_share` to the time that a prompt token takes, as a share of it.
     """
 
     worker_id: Name
@@ -109,6 +111,8 @@ class Register(Message, frozen=True, kw_only=True):
     address: PeerAddress | None = None
     phases_agree: bool = False
     embedding: EmbeddingCard | None = None
+    prompt_tokens_per_s: Annotated[float, msgspec.Meta(ge=0, le=1e12)] = 0.0
+    context_share: Annotated[float, msgspec.Meta(ge=0, le=1e3)] = 0.0
 
 
 class WorkerStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -257,6 +261,7 @@ class Prefill(Message, frozen=True, kw_only=True):
     `emitted` are output tokens of earlier placements that are computed like the prompt's: the first token follows them.
     `deadline_s` is how long from now the first token may take: it orders the queue, it does not cancel.
     With a `readout` nothing is sampled: there is no decode worker, `Readings` are the answer.
+    Of lower `rank` goes first; within a rank clients take turns by `weight`, each with what is due first.
     """
 
     request_id: Id
@@ -269,6 +274,9 @@ class Prefill(Message, frozen=True, kw_only=True):
     deadline_s: float
     cache_salt: Name = ""
     readout: Readout | None = None
+    client: Name = ""
+    weight: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)] = 1
+    rank: Annotated[int, msgspec.Meta(ge=-(1 << 31), lt=1 << 31)] = 0
 
 
 class Abort(Message, frozen=True, kw_only=True):

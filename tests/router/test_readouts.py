@@ -60,7 +60,7 @@ def test_a_readout_goes_to_a_prefill_worker_alone_and_ends_with_its_readings() -
     d = dispatch()
     out = d.submit(readout(1), 0)
     message = placed(out)
-    assert message.readout == LABELS and Placed(1, 0) in out
+    assert message.readout == LABELS and Placed(1, 0, message.transfer_id, "p0", None) in out
     out = d.readings(key("p0"), readings(message.transfer_id, -0.1, -3.0), 1)
     assert [type(i) for i in out] == [Read, Finish], "no abort: the worker holds nothing any more"
     assert d.num_running == d.num_waiting == 0
