@@ -277,7 +277,8 @@ class SendSide:
         cells = SendRange(message.first_block, message.num_blocks, message.first_layer, message.num_layers)
         if cells.first_layer + cells.num_layers > self._num_layers:
             raise ProtocolError(f"RESEND of {cells}, a model of {self._num_layers} layers")
-        log.warning("decode worker %s: %s arrived damaged and is sent again", peer.endpoint.peer_id, cells)
+        where = (message.transfer_id, cells, peer.endpoint.peer_id)
+        log.warning("transfer %d: %s arrived damaged at decode worker %s and is sent again", *where)
         self._obey(transfer, list(transfer.machine.resend(cells)))
 
     def _take_abort(self, peer: _Peer, message: PeerAbort) -> None:

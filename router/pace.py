@@ -11,7 +11,7 @@
    at a time shows the machine's pace as well as a full queue does; prompts, slots and blocks bound it alike.
 4. Several prompts are computed at once, so that none may be served for long: time without a first token counts against
    the pace when it is longer than all that is ahead should take, or when the next first token comes.
-5. A long silence is an outage and no measure of the pace.
+5. A silence that is longer still is an outage and no measure of the pace.
 6. Clients take turns, so one that has little ahead of it waits for little: for its own work, and as much of others' as
    they have while it has its turns.
 
@@ -120,16 +120,13 @@ class Pace:
         return work
 
     def _pass_time(self, now_s: float) -> None:
-        passed_s, self._seen_s = min(OUTAGE_S, max(0.0, now_s - self._seen_s)), now_s
+        passed_s, self._seen_s = max(0.0, now_s - self._seen_s), now_s
         if not self._ahead:
             self._silent_s = 0.0
             return
-        self._silent_s += passed_s
-        if self._served_tokens:
-            expected_s = self._shares.total * self._busy_s / self._served_tokens
-            self._count_silence(self._silent_s - expected_s)
-        else:
-            self._count_silence(self._silent_s)
+        expected_s = self._shares.total * self._busy_s / self._served_tokens if self._served_tokens else 0.0
+        self._silent_s += min(passed_s, max(OUTAGE_S, expected_s))
+        self._count_silence(self._silent_s - expected_s)
 
     def _count_silence(self, seconds: float) -> None:
         """Count time against the pace."""
