@@ -3,9 +3,9 @@
 1. The server has just started: the burst is its first traffic. 2. Its prefill workers are killed, and the next burst
    comes as soon as their successors are there.
 
-Each time: who is refused must be told at once, and when to come back; who is let in must have a first token within what a
-wait may be, give or take what a prediction misses; a short request of a client with another address must be let in and
-served beside the burst, in a fraction of that time.
+Each time: who is refused must be told at once, and when to come back; who is let in must have a first token within what
+a wait may be, give or take what a prediction misses; a short request of a client with another address must be let in
+and served beside the burst, in a fraction of that time.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The first traffic of a server, and the first after its prefill worker died; `python -m tests.faults burst` does more."""
+"""The first traffic of a server, and of a worker that has just come back; `python -m tests.faults burst` does more."""
 
 from __future__ import annotations
 
