@@ -19,7 +19,6 @@ from engine.compute_loop import ComputeLoop
 from engine.encoder_loading import LoadedEncoder, load_embedder
 from engine.encoder_stepper import AbortText, EncoderStepper, SubmitText, Text, VectorReady, compute_text
 from engine.service import WorkerService, drain_on_signals, new_registration
-from model.encoder import Encoder
 from prefill.config import PrefillConfig
 from prefill.self_test import measure
 from protocol.readout import ReadEmbedding
@@ -131,12 +130,6 @@ class EncoderWorker:
         return None
 
 
-def measure_texts(encoder: Encoder, max_tokens: int) -> float:
-    """Return how many tokens a second are computed here; what torch sets up at first is set up then."""
-    pace, _ = measure(partial(compute_text, encoder), max_tokens)
-    return pace
-
-
 async def run_encoder(config: PrefillConfig) -> int:
     """Run an encoder's worker until SIGTERM has drained it; return the exit code.
 
@@ -144,7 +137,9 @@ async def run_encoder(config: PrefillConfig) -> int:
         ConfigError: model, device or options cannot be used.
     """
     model = await asyncio.to_thread(load_embedder, config.engine, config.pooling, log.info, config.cache_dir)
-    pace = await asyncio.to_thread(measure_texts, model.encoder, min(model.max_tokens, CPU_BATCH_TOKENS))
+    # What torch sets up at first is set up here, and no client waits for it.
+    compute_tokens = partial(compute_text, model.encoder)
+    pace, _ = await asyncio.to_thread(measure, compute_tokens, min(model.max_tokens, CPU_BATCH_TOKENS))
     compute = ComputeLoop(config.engine.num_threads)
     worker = EncoderWorker(config, model, compute, pace)
     drain_on_signals(worker.service)

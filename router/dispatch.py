@@ -110,6 +110,12 @@ class Dispatch:
         request = RequestState(submission, next(self._order), now_s)
         self._requests[submission.request_id] = request
         request.cost = self._cost(request)
+        demand = None if len(self._queue) else self._demand(request)
+        pair = None if demand is None else self.loads.choose(demand, ())
+        if demand is not None and pair is not None:
+            # Where nobody waits there are no turns to be taken.
+            request.is_charged = True
+            return self._place(request, demand, pair.prefill_id, pair.decode_id, now_s)
         self._queue.add(request)
         return self._place_waiting(now_s)
 
