@@ -19,7 +19,7 @@ from aiohttp import web
 from aiohttp.http_exceptions import LineTooLong
 from aiohttp.web_request import BaseRequest
 
-from router.access import OPEN_PATHS, Access
+from router.access import OPEN_PATHS, Access, Client
 from router.access_log import CLIENT_LEFT, AccessLog, current
 from router.responses import encode_json, error_body
 
@@ -43,6 +43,8 @@ def recorded(access_log: AccessLog) -> Any:
         if request.path in OPEN_PATHS:
             return await handler(request)
         with access_log.record(f"{request.method} {request.path}") as noted:
+            # Until a key says whose request it is, or where none is known.
+            noted.client = Client(request.remote or "")
             try:
                 response = await handler(request)
                 noted.status = response.status

@@ -129,6 +129,14 @@ async def test_what_is_refused_has_a_line_and_what_only_looks_has_none(tokenizer
     assert all(line["client"] == "127.0.0.1" and line["request_id"] for line in found)
 
 
+async def test_who_has_no_key_is_told_of_by_address(tokenizer: Tokenizer, lines: Any) -> None:
+    async with staged(tokenizer, access_log="json", api_keys=("k",)) as stage:
+        await stage.pair()
+        assert (await stage.post(CHAT, HI, headers={"Authorization": "Bearer stolen"}))[0] == 401
+        [line] = await told(stage, lines, 1)
+    assert (line["status"], line["client"]) == (401, "127.0.0.1") and "stolen" not in str(line)
+
+
 async def test_a_stream_that_fails_says_why(tokenizer: Tokenizer, lines: Any) -> None:
     async with staged(tokenizer, access_log="json", placement_wait_s=0.3) as stage:
         prefill, decode = await stage.pair()
