@@ -97,6 +97,7 @@ async def run(config: ColocatedConfig) -> int:
     drain_on_signals(*workers.services)
     compute.start()
     try:
+        await workers.prefill.measure()
         return await workers.run()
     finally:
         await compute.stop()

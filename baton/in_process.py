@@ -83,6 +83,7 @@ def configure(model: str, options: Mapping[str, Any]) -> InProcessConfig:
         max_num_requests=for_router["max_num_requests"],
         max_placements=for_router["max_placements"],
         max_wait_s=FOREVER_S,
+        access_log="off",
         placement_wait_s=FOREVER_S,
         startup_wait_s=FOREVER_S,
         lease_ttl_s=LEASE_S,

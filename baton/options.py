@@ -17,6 +17,7 @@ from engine.config import EngineConfig, ServiceConfig
 from kvtransfer.config import TransferConfig
 from prefill.config import POOLINGS, PrefillConfig
 from protocol.errors import ConfigError
+from router.access_log import STYLES
 from router.config import RouterConfig
 
 SERVE = frozenset({"serve"})
@@ -353,6 +354,10 @@ def _router() -> tuple[Option, ...]:
             name="api-key-file", group=group, roles=roles, parse=text, unit="path", is_list=True,
             fills=((RouterConfig, "api_key_files"),), default_text="none",
             help="File with a key, and maybe the tenant it belongs to, a line; read again when it changes.",
+        ),
+        Option(
+            name="access-log", group=group, roles=roles, parse=text, fills=((RouterConfig, "access_log"),),
+            choices=STYLES, help="How the log has a line for each request: as text, as JSON, or not at all.",
         ),
         Option(
             name="allowed-origins", group=group, roles=roles, parse=text, is_list=True,

@@ -42,6 +42,7 @@ from engine.sequence import Sequence
 from engine.service import WorkerService, drain_on_signals, new_registration
 from kvtransfer.receiving import ReceiveSide
 from kvtransfer.stats import TransferStats
+from kvtransfer.tombstones import Ending
 from kvtransfer.transport import Identity, Transport
 from kvtransfer.transports import open_transport
 from protocol.wire import (
@@ -178,6 +179,7 @@ class DecodeWorker:
             num_replayed_tokens=stepper.num_replayed_tokens,
             num_transfers=received.num_transfers,
             num_transfers_failed=received.num_transfers_failed,
+            num_transfers_cancelled=received.num_transfers_cancelled,
             num_bytes_transferred=received.num_bytes,
             num_blocks_transferred=received.num_blocks,
             num_blocks_skipped=received.num_blocks_skipped,
@@ -225,9 +227,11 @@ class DecodeWorker:
         self._open_transfers.discard(transfer_id)
         self._compute.post(self._stepper, JoinBatch(transfer_id, first_token_id))
 
-    def _on_transfer_failed(self, transfer_id: int, reason: str) -> None:
+    def _on_transfer_failed(self, transfer_id: int, ending: Ending) -> None:
         self._open_transfers.discard(transfer_id)
-        self._tell_failed(transfer_id, reason)
+        # What was called off its router knows of: the first token was the last, or it has aborted the other side first.
+        if ending.is_failure:
+            self._tell_failed(transfer_id, ending.reason)
         self.service.release(transfer_id)
         self._compute.post(self._stepper, DropSequence(transfer_id))
 

@@ -1,7 +1,8 @@
 """The compute-thread half of an encoder's worker: one batch of texts per step.
 
-1. `SubmitText` queues a text. 2. A step takes the texts that are due first, up to a budget of tokens, and computes them
-whole. 3. `VectorsReady` tells their vectors. An encoder keeps nothing of a text: there are no chunks and no blocks.
+1. `SubmitText` queues a text. 2. A step takes texts up to a budget of tokens and computes them whole: clients take
+turns, each with what is due first. 3. `VectorsReady` tells their vectors. An encoder keeps nothing of a text: there are
+no chunks and no blocks.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from engine.pooling import Pool
 from model.encoder import Encoder
 from protocol.readout import ReadEmbedding
+from protocol.turns import Turns
 
 _MAX_BATCH_TEXTS = 256
 
@@ -29,6 +31,9 @@ class Text:
     readout: ReadEmbedding
     arrived_s: float
     deadline_s: float
+    client: str = ""
+    weight: int = 1
+    rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +76,7 @@ class EncoderStepper:
         self._batch_tokens = batch_tokens
         self._emit = emit
         self._waiting: dict[int, Text] = {}
+        self._turns = Turns()
         self.queued_tokens = self.num_waiting = self.num_running = 0
         self.num_steps = self.num_computed_tokens = 0
         self.step_s = 0.0
@@ -79,18 +85,21 @@ class EncoderStepper:
         """Take one event."""
         if isinstance(event, SubmitText):
             self._waiting[event.text.transfer_id] = event.text
-        else:
-            self._waiting.pop(event.transfer_id, None)
+            self._turns.want(event.text.client)
+        elif (text := self._waiting.pop(event.transfer_id, None)) is not None:
+            self._turns.rest(text.client)
         self._publish(())
 
     def step(self) -> bool:
-        """Compute the texts that are due first."""
+        """Compute the texts whose turn it is."""
         texts = self._choose()
         if not texts:
             return False
         begin_s = time.monotonic()
         for text in texts:
             del self._waiting[text.transfer_id]
+            self._turns.charge(text.client, len(text.token_ids), text.weight)
+            self._turns.rest(text.client)
         self._publish(texts)
         vectors = self._compute(texts)
         took_s = time.monotonic() - begin_s
@@ -109,7 +118,7 @@ class EncoderStepper:
     def _choose(self) -> list[Text]:
         chosen: list[Text] = []
         num_tokens = 0
-        for text in sorted(self._waiting.values(), key=lambda t: t.deadline_s):
+        for text in self._turns.order(self._waiting.values(), lambda t: len(t.token_ids)):
             num_tokens += len(text.token_ids)
             if chosen and (num_tokens > self._batch_tokens or len(chosen) == _MAX_BATCH_TEXTS):
                 break
@@ -134,6 +143,7 @@ class EncoderStepper:
         self.queued_tokens = sum(len(text.token_ids) for text in (*self._waiting.values(), *running))
 
 
-def warm_up(encoder: Encoder) -> None:
-    """Compute a text once, so that the first client does not wait for what torch sets up."""
-    np.asarray(encoder.forward([[0] * 8])[0].float().cpu())
+def compute_text(encoder: Encoder, num_tokens: int) -> None:
+    """Compute a text of so many tokens, and wait for it."""
+    with torch.inference_mode():
+        np.asarray(encoder.forward([[0] * num_tokens])[0].float().cpu())

@@ -28,7 +28,7 @@ from kvtransfer.linking import Linking
 from kvtransfer.pieces import require_slot_holds_layer
 from kvtransfer.slots import Slots, SlotStore
 from kvtransfer.stats import TransferStats
-from kvtransfer.tombstones import Tombstones
+from kvtransfer.tombstones import Ending, Tombstones
 from kvtransfer.transport import Buffer, Completion, Endpoint, Identity, Transport
 from protocol.errors import ChecksumMismatch, PeerLost, ProtocolError, TransferError, TransferStalled
 from protocol.handoff import Receiving, SendRange
@@ -78,8 +78,9 @@ class ReceiveSide:
         transport: how to reach prefill workers; the caller closes it, after this.
         identity: who we are to them; its slots are replaced by those of this side.
         on_complete: called once with (transfer_id, first_token_id) when every cell stands in its block.
-        on_failed: called once with (transfer_id, reason) when an open transfer broke; its blocks are not written any
-            more. Neither is called for a transfer that was aborted here, nor from inside a method.
+        on_failed: called once with (transfer_id, ending) when an open transfer broke, or its sender called it off; its
+            blocks are not written any more. Neither is called for a transfer that was aborted here, nor from inside a
+            method.
         on_links: called when `links` changed.
         on_broken: called with the error of a task of ours that should never end: not everything is received any more.
 
@@ -98,7 +99,7 @@ class ReceiveSide:
         transport: Transport,
         identity: Identity,
         on_complete: Callable[[int, int], None],
-        on_failed: Callable[[int, str], None],
+        on_failed: Callable[[int, Ending], None],
         on_links: Callable[[], None],
         on_broken: Callable[[BaseException], None] = lambda _: None,
     ) -> None:
@@ -155,23 +156,25 @@ class ReceiveSide:
         machine = Receiving(len(block_ids), num_cached_blocks, self._num_layers)
         transfer = _Incoming(transfer_id, tuple(block_ids), machine, link, now_s, now_s)
         self._transfers[transfer_id] = transfer
-        reason = self._gone.reason(transfer_id)
-        if link is None or reason is not None:
-            reason = f"no link with prefill worker {sender_id}" if reason is None else f"over before: {reason}"
-            asyncio.get_running_loop().call_soon(self._fail, transfer, reason)
+        over = self._gone.ending(transfer_id)
+        if link is None or over is not None:
+            ending = Ending(f"no link with prefill worker {sender_id}")
+            if over is not None:
+                ending = Ending(f"over before: {over.reason}", over.is_failure)
+            asyncio.get_running_loop().call_soon(self._fail, transfer, ending)
             return
         link.endpoint.post(
             Grant(transfer_id=transfer_id, num_blocks=len(block_ids), num_cached_blocks=num_cached_blocks)
         )
 
     def abort(self, transfer_id: int, reason: str) -> None:
-        """End a transfer and tell its sender; idempotent. Nothing is written into its blocks after it returns."""
-        transfer = self._transfers.get(transfer_id)
+        """Call a transfer off and tell its sender; idempotent. Nothing is written into its blocks after it returns."""
+        transfer, ending = self._transfers.get(transfer_id), Ending(reason, is_failure=False)
         if transfer is None:
-            self._gone.add(transfer_id, reason)
+            self._gone.add(transfer_id, ending)
             return
-        self._end(transfer, reason)
-        self._tell_abort(transfer, reason)
+        self._end(transfer, ending)
+        self._tell_abort(transfer, ending)
 
     async def close(self) -> None:
         """Drop every link; open transfers fail. Slots are free again once the transport is closed."""
@@ -179,7 +182,7 @@ class ReceiveSide:
         for link in list(self._links.values()):
             self._detach(link, "receiver closed")
         for transfer in list(self._transfers.values()):
-            self._fail(transfer, "receiver closed")
+            self._fail(transfer, Ending("receiver closed"))
         for task in list(self._tasks):
             task.cancel()
         if self._tasks:
@@ -215,7 +218,7 @@ class ReceiveSide:
         for tag in [t for t, posted in link.posted.items() if posted.is_filled and posted.header is None]:
             link.slots.give(link.posted.pop(tag).slot)  # its header will not come any more
         for transfer in [t for t in self._transfers.values() if t.link is link]:
-            self._fail(transfer, f"prefill worker {name} lost: {reason}")
+            self._fail(transfer, Ending(f"prefill worker {name} lost: {reason}"))
         self._on_links()
 
     def _post_receive(self, link: _Link, slot: Buffer) -> int:
@@ -290,12 +293,13 @@ class ReceiveSide:
 
     def _take_abort(self, link: _Link, message: PeerAbort) -> None:
         transfer = self._own(link, message.transfer_id)
+        ending = Ending(f"sender: {message.reason}", message.is_failure)
         if transfer is not None:
-            self._fail(transfer, f"sender: {message.reason}")
+            self._fail(transfer, ending)
             return
         self._stats.num_late_messages += 1
         if message.transfer_id not in self._transfers:
-            self._gone.add(message.transfer_id, f"sender: {message.reason}")
+            self._gone.add(message.transfer_id, ending)
 
     def _own(self, link: _Link, transfer_id: int) -> _Incoming | None:
         transfer = self._transfers.get(transfer_id)
@@ -378,7 +382,7 @@ class ReceiveSide:
     def _complete(self, transfer: _Incoming) -> None:
         assert transfer.link is not None and transfer.first_token_id is not None
         del self._transfers[transfer.transfer_id]
-        self._gone.add(transfer.transfer_id, "complete")
+        self._gone.add(transfer.transfer_id, Ending("complete", is_failure=False))
         self._stats.num_transfers += 1
         self._stats.num_blocks += transfer.machine.num_blocks - transfer.machine.num_cached_blocks
         self._stats.num_blocks_skipped += transfer.machine.num_cached_blocks
@@ -386,24 +390,27 @@ class ReceiveSide:
         transfer.link.endpoint.post(Landed(transfer_id=transfer.transfer_id))
         self._on_complete(transfer.transfer_id, transfer.first_token_id)
 
-    def _end(self, transfer: _Incoming, reason: str) -> None:
+    def _end(self, transfer: _Incoming, ending: Ending) -> None:
         del self._transfers[transfer.transfer_id]
         transfer.machine.abort()
-        self._gone.add(transfer.transfer_id, reason)
-        self._stats.num_transfers_failed += 1
+        self._gone.add(transfer.transfer_id, ending)
+        self._stats.ended(ending)
 
-    def _fail(self, transfer: _Incoming, reason: str) -> None:
+    def _fail(self, transfer: _Incoming, ending: Ending) -> None:
         if self._transfers.get(transfer.transfer_id) is transfer:  # not if aborted since this was scheduled
-            self._end(transfer, reason)
-            self._on_failed(transfer.transfer_id, reason)
+            self._end(transfer, ending)
+            self._on_failed(transfer.transfer_id, ending)
 
     def _break(self, transfer: _Incoming, reason: str) -> None:
-        self._tell_abort(transfer, reason)
-        self._fail(transfer, reason)
+        ending = Ending(reason)
+        self._tell_abort(transfer, ending)
+        self._fail(transfer, ending)
 
-    def _tell_abort(self, transfer: _Incoming, reason: str) -> None:
+    def _tell_abort(self, transfer: _Incoming, ending: Ending) -> None:
         if transfer.link is not None:
-            transfer.link.endpoint.post(PeerAbort(transfer_id=transfer.transfer_id, reason=reason[:4096]))
+            transfer.link.endpoint.post(
+                PeerAbort(transfer_id=transfer.transfer_id, reason=ending.reason[:4096], is_failure=ending.is_failure)
+            )
 
     async def _watch(self) -> None:
         """Between GRANT and COMMIT the sender computes, for as long as its lease lasts; after it bytes must flow."""

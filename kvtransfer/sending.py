@@ -27,7 +27,7 @@ from kvtransfer.config import TransferConfig
 from kvtransfer.pieces import cut, require_slot_holds_layer
 from kvtransfer.slots import Slots, SlotStore
 from kvtransfer.stats import TransferStats
-from kvtransfer.tombstones import Tombstones
+from kvtransfer.tombstones import Ending, Tombstones
 from kvtransfer.transport import Buffer, Completion, Endpoint
 from protocol.errors import PeerLost, ProtocolError, TransferError
 from protocol.handoff import Sending, SendInstruction, SendRange
@@ -79,7 +79,7 @@ class SendSide:
             here, on the calling thread: on a GPU that thread has a CUDA context before UCX is told of the memory.
         config: budgets and slot sizes.
         on_ended: called exactly once per opened transfer, never from inside a method: (transfer_id, None) when it
-            landed, else (transfer_id, reason). Its blocks are not read any more.
+            landed, else (transfer_id, ending). Its blocks are not read any more.
         on_broken: called with the error of a task of ours that should never end: nothing is sent any more.
 
     Raises:
@@ -90,7 +90,7 @@ class SendSide:
         self,
         region: KVRegion,
         config: TransferConfig,
-        on_ended: Callable[[int, str | None], None],
+        on_ended: Callable[[int, Ending | None], None],
         on_broken: Callable[[BaseException], None] = lambda _: None,
     ) -> None:
         self._layer_bytes = region.fingerprint.layer_bytes
@@ -166,8 +166,8 @@ class SendSide:
         blocks = tuple(block_ids)
         transfer = _Outgoing(transfer_id, receiver_id, blocks, Sending(len(blocks)), _now())
         self._transfers[transfer_id] = transfer
-        if (reason := self._gone.reason(transfer_id)) is not None:
-            self._end(transfer, f"was over before it began: {reason}")
+        if (over := self._gone.ending(transfer_id)) is not None:
+            self._end(transfer, Ending(f"was over before it began: {over.reason}", over.is_failure))
         elif (early := self._early.pop(transfer_id, None)) is not None:
             peer, grant, _ = early
             try:
@@ -193,19 +193,14 @@ class SendSide:
             self._obey(transfer, transfer.machine.commit())
 
     def abort(self, transfer_id: int, reason: str) -> None:
-        """End a transfer and tell its receiver; idempotent. No gather happens after it returns."""
-        transfer = self._transfers.get(transfer_id)
-        if transfer is None:
-            self._gone.add(transfer_id, reason)
-            return
-        self._tell_abort(transfer.peer or self._peers.get(transfer.receiver_id), transfer_id, reason)
-        self._end(transfer, reason)
+        """Call a transfer off and tell its receiver; idempotent. No gather happens after it returns."""
+        self._abort(transfer_id, Ending(reason, is_failure=False))
 
     async def close(self) -> None:
         """End every transfer and endpoint; returns after the last `on_ended`."""
         self._is_closed = True
         for transfer in list(self._transfers.values()):
-            self.abort(transfer.transfer_id, "sender closed")
+            self._abort(transfer.transfer_id, Ending("sender closed"))
         for peer in list(self._peers.values()):
             await peer.endpoint.close()
             self._lose(peer, "sender closed")
@@ -260,8 +255,8 @@ class SendSide:
                 self._drop_early(next(iter(self._early)), "too many grants wait for their prefill")
         elif transfer is None or transfer.receiver_id != peer.endpoint.peer_id:
             self._stats.num_late_messages += 1
-            reason = self._gone.reason(grant.transfer_id) or "meant for another receiver"
-            self._tell_abort(peer, grant.transfer_id, reason)
+            ending = self._gone.ending(grant.transfer_id) or Ending("meant for another receiver")
+            self._tell_abort(peer, grant.transfer_id, ending)
         else:
             instructions = transfer.machine.grant(grant.num_blocks, grant.num_cached_blocks)
             transfer.peer = peer
@@ -284,16 +279,18 @@ class SendSide:
         cells = SendRange(message.first_block, message.num_blocks, message.first_layer, message.num_layers)
         if cells.first_layer + cells.num_layers > self._num_layers:
             raise ProtocolError(f"RESEND of {cells}, a model of {self._num_layers} layers")
-        log.warning("decode worker %s: %s arrived damaged and is sent again", peer.endpoint.peer_id, cells)
+        where = (message.transfer_id, cells, peer.endpoint.peer_id)
+        log.warning("transfer %d: %s arrived damaged at decode worker %s and is sent again", *where)
         self._obey(transfer, list(transfer.machine.resend(cells)))
 
     def _take_abort(self, peer: _Peer, message: PeerAbort) -> None:
         self._early.pop(message.transfer_id, None)
         transfer = self._transfers.get(message.transfer_id)
+        ending = Ending(f"receiver: {message.reason}", message.is_failure)
         if transfer is not None and transfer.receiver_id == peer.endpoint.peer_id:
-            self._end(transfer, f"receiver: {message.reason}")
+            self._end(transfer, ending)
         elif transfer is None and message.transfer_id not in self._gone:
-            self._gone.add(message.transfer_id, f"receiver: {message.reason}")
+            self._gone.add(message.transfer_id, ending)
         else:
             self._stats.num_late_messages += 1
 
@@ -353,7 +350,7 @@ class SendSide:
             log.error("transfer %d: %s", transfer.transfer_id, error)
             peer.slots.give(slot)
             peer.credits.append(tag)
-            self.abort(transfer.transfer_id, str(error))
+            self._abort(transfer.transfer_id, Ending(str(error)))
             return
         peer.endpoint.post(header)
         self._stats.num_bytes += payload.nbytes
@@ -408,19 +405,27 @@ class SendSide:
 
     # --- ends --------------------------------------------------------------------------------------------------------
 
-    def _end(self, transfer: _Outgoing, reason: str | None) -> None:
+    def _abort(self, transfer_id: int, ending: Ending) -> None:
+        transfer = self._transfers.get(transfer_id)
+        if transfer is None:
+            self._gone.add(transfer_id, ending)
+            return
+        self._tell_abort(transfer.peer or self._peers.get(transfer.receiver_id), transfer_id, ending)
+        self._end(transfer, ending)
+
+    def _end(self, transfer: _Outgoing, ending: Ending | None) -> None:
         del self._transfers[transfer.transfer_id]
         transfer.machine.abort()
         transfer.ranges.clear()
-        self._gone.add(transfer.transfer_id, reason or "landed")
-        if reason is None:
+        self._gone.add(transfer.transfer_id, ending or Ending("landed", is_failure=False))
+        if ending is None:
             self._stats.num_transfers += 1
             self._stats.num_blocks += transfer.machine.num_blocks - transfer.machine.num_cached_blocks
             self._stats.num_blocks_skipped += transfer.machine.num_cached_blocks
             self._stats.transfer_s += _now() - transfer.granted_s
         else:
-            self._stats.num_transfers_failed += 1
-        asyncio.get_running_loop().call_soon(self._on_ended, transfer.transfer_id, reason)
+            self._stats.ended(ending)
+        asyncio.get_running_loop().call_soon(self._on_ended, transfer.transfer_id, ending)
 
     def _lose(self, peer: _Peer, reason: str) -> None:
         if self._peers.get(peer.endpoint.peer_id) is not peer:
@@ -430,23 +435,25 @@ class SendSide:
         peer.queue.clear()
         for transfer_id in [i for i, (early_peer, _, _) in self._early.items() if early_peer is peer]:
             del self._early[transfer_id]
-            self._gone.add(transfer_id, "its receiver was lost")
+            self._gone.add(transfer_id, Ending("its receiver was lost"))
         for transfer in [t for t in self._transfers.values() if t.receiver_id == peer.endpoint.peer_id]:
-            self._end(transfer, f"decode worker {peer.endpoint.peer_id} lost: {reason}")
+            self._end(transfer, Ending(f"decode worker {peer.endpoint.peer_id} lost: {reason}"))
 
     def _say_begin(self, transfer: _Outgoing) -> None:
         peer = self._peers.get(transfer.receiver_id)
         if peer is not None and transfer.peer is None:
             peer.endpoint.post(Begin(transfer_id=transfer.transfer_id))
 
-    def _tell_abort(self, peer: _Peer | None, transfer_id: int, reason: str) -> None:
+    def _tell_abort(self, peer: _Peer | None, transfer_id: int, ending: Ending) -> None:
         if peer is not None:
-            peer.endpoint.post(PeerAbort(transfer_id=transfer_id, reason=reason[:4096]))
+            peer.endpoint.post(
+                PeerAbort(transfer_id=transfer_id, reason=ending.reason[:4096], is_failure=ending.is_failure)
+            )
 
     def _drop_early(self, transfer_id: int, reason: str) -> None:
-        peer, _, _ = self._early.pop(transfer_id)
-        self._gone.add(transfer_id, reason)
-        self._tell_abort(peer, transfer_id, reason)
+        (peer, _, _), ending = self._early.pop(transfer_id), Ending(reason)
+        self._gone.add(transfer_id, ending)
+        self._tell_abort(peer, transfer_id, ending)
 
     async def _watch(self) -> None:
         interval_s = min(self._config.progress_s, self._config.grant_wait_s, self._config.tombstone_s) / 5
@@ -466,7 +473,9 @@ class SendSide:
             return  # it ended with its peer earlier in this round
         if peer is None:
             if transfer.first_token_id is not None and waited_s > self._config.grant_wait_s:
-                self.abort(transfer.transfer_id, f"no grant within {self._config.grant_wait_s} s of the commit")
+                self._abort(
+                    transfer.transfer_id, Ending(f"no grant within {self._config.grant_wait_s} s of the commit")
+                )
         elif waited_s <= self._config.progress_s:
             return
         elif transfer.num_in_flight:
@@ -475,7 +484,7 @@ class SendSide:
             lacking = "free slot" if peer.credits else "credit"  # aborted transfers may hold the slots
             self._give_up(peer, f"no {lacking} for {now_s - peer.moved_s:.1f} s")
         elif transfer.is_commit_said:
-            self.abort(transfer.transfer_id, f"not landed {waited_s:.1f} s after its last piece")
+            self._abort(transfer.transfer_id, Ending(f"not landed {waited_s:.1f} s after its last piece"))
 
     def _give_up(self, peer: _Peer, reason: str) -> None:
         """A payload connection that stalls is of no use to anyone: end it, which also frees its slots."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from kvtransfer.tombstones import Ending
+
 
 @dataclass(slots=True)
 class TransferStats:
@@ -11,7 +13,8 @@ class TransferStats:
 
     Attributes:
         num_transfers: complete ones.
-        num_transfers_failed: ended by anything but completion, local aborts included.
+        num_transfers_failed: broken ones.
+        num_transfers_cancelled: called off by either side before they were complete, with nothing broken.
         num_bytes: payload accepted (receiver) or posted (sender), aborted transfers included.
         num_pieces: pieces behind `num_bytes`.
         num_blocks: blocks moved by complete transfers, each once.
@@ -24,6 +27,7 @@ class TransferStats:
 
     num_transfers: int = 0
     num_transfers_failed: int = 0
+    num_transfers_cancelled: int = 0
     num_bytes: int = 0
     num_pieces: int = 0
     num_blocks: int = 0
@@ -32,6 +36,13 @@ class TransferStats:
     num_late_pieces: int = 0
     num_late_messages: int = 0
     num_corrupt_pieces: int = 0
+
+    def ended(self, ending: Ending) -> None:
+        """Count a transfer that did not land."""
+        if ending.is_failure:
+            self.num_transfers_failed += 1
+        else:
+            self.num_transfers_cancelled += 1
 
     def copy(self) -> TransferStats:
         """Return these numbers as of now."""

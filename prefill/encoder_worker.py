@@ -11,14 +11,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from functools import partial
 
 import msgspec
 
 from engine.compute_loop import ComputeLoop
 from engine.encoder_loading import LoadedEncoder, load_embedder
-from engine.encoder_stepper import AbortText, EncoderStepper, SubmitText, Text, VectorReady, warm_up
+from engine.encoder_stepper import AbortText, EncoderStepper, SubmitText, Text, VectorReady, compute_text
 from engine.service import WorkerService, drain_on_signals, new_registration
 from prefill.config import PrefillConfig
+from prefill.self_test import measure
 from protocol.readout import ReadEmbedding
 from protocol.wire import Declined, PeerAddress, Prefill, Readings, Reserve, Role, WorkerStats
 
@@ -29,9 +31,15 @@ GPU_BATCH_TOKENS = 32768
 
 
 class EncoderWorker:
-    """One worker on the running event loop; computes on `compute`, not yet started."""
+    """One worker on the running event loop; computes on `compute`, not yet started.
 
-    def __init__(self, config: PrefillConfig, model: LoadedEncoder, compute: ComputeLoop) -> None:
+    Args:
+        tokens_per_s: its own pace, as it was measured; 0 is unknown.
+    """
+
+    def __init__(
+        self, config: PrefillConfig, model: LoadedEncoder, compute: ComputeLoop, tokens_per_s: float = 0.0
+    ) -> None:
         self._model = model
         self._compute = compute
         is_gpu = model.encoder.device.type == "cuda"
@@ -41,7 +49,7 @@ class EncoderWorker:
         registration = new_registration(
             config.service, Role.PREFILL, model.fingerprint, sizes, model.backend, phases_agree=True
         )
-        registration = msgspec.structs.replace(registration, embedding=model.card)
+        registration = msgspec.structs.replace(registration, embedding=model.card, prompt_tokens_per_s=tokens_per_s)
         self.service = WorkerService(config.service, registration, self)
         compute.add(self._stepper, self.service.on_dead)
 
@@ -55,7 +63,16 @@ class EncoderWorker:
             self.service.release(message.transfer_id)
             return
         now_s = time.monotonic()
-        text = Text(message.transfer_id, message.prompt, message.readout, now_s, now_s + message.deadline_s)
+        text = Text(
+            message.transfer_id,
+            message.prompt,
+            message.readout,
+            now_s,
+            now_s + message.deadline_s,
+            message.client,
+            message.weight,
+            message.rank,
+        )
         self._compute.post(self._stepper, SubmitText(text))
 
     def abort(self, transfer_id: int, reason: str) -> None:
@@ -120,9 +137,11 @@ async def run_encoder(config: PrefillConfig) -> int:
         ConfigError: model, device or options cannot be used.
     """
     model = await asyncio.to_thread(load_embedder, config.engine, config.pooling, log.info, config.cache_dir)
-    await asyncio.to_thread(warm_up, model.encoder)
+    # What torch sets up at first is set up here, and no client waits for it.
+    compute_tokens = partial(compute_text, model.encoder)
+    pace, _ = await asyncio.to_thread(measure, compute_tokens, min(model.max_tokens, CPU_BATCH_TOKENS))
     compute = ComputeLoop(config.engine.num_threads)
-    worker = EncoderWorker(config, model, compute)
+    worker = EncoderWorker(config, model, compute, pace)
     drain_on_signals(worker.service)
     try:
         compute.start()

@@ -3,8 +3,9 @@
     WAITING ──blocks allocated──► COMPUTING ──last chunk──► COMPUTED ──transfer ended──► gone
        └───────────── abort ─────────┴── blocks stay until transfer and steps in flight have ended ──► gone
 
-The order is by deadline, and deadlines grow with the length of the prompt, so a long prompt does not hold up short ones
-behind it. While several prompts want tokens, one of them gets at most half of a step, whatever its deadline.
+Clients take turns by what has been computed for each (`protocol/turns.py`): none waits for another one's backlog. Of
+one client the order is by deadline, and deadlines grow with the length of the prompt, so a long prompt does not hold up
+short ones behind it. While several prompts want tokens, one of them gets at most half of a step, whatever its turn.
 
 Where decode works in the same pool, a prompt that will run on there begins only once its sequence has a slot, and
 leaves some blocks to running sequences (`engine/local_handoff.py`).
@@ -36,6 +37,7 @@ from engine.reading import Reading
 from engine.sequence import Sequence, num_blocks_for
 from protocol.block_hash import BlockHash
 from protocol.readout import ReadPrompt, reads_cache
+from protocol.turns import Turns
 
 MAX_LOGIT_ROWS = 256
 _MAX_BATCH_SEQS = 64
@@ -57,6 +59,7 @@ class PrefillJob:
     Attributes:
         receiver_id: the decode worker that awaits the KV, or None if the request ends with its first token.
         deadline_s: when its first token is due, on the clock of `arrived_s`.
+        client, weight, rank: whose it is, its share, and what goes before turns.
         is_lifted: a first token waits for this readout's blocks.
         readings: what its chunks gave so far, if it is a readout.
         pool: the vector in the making, if it is an embedding.
@@ -66,6 +69,9 @@ class PrefillJob:
     receiver_id: str | None
     arrived_s: float
     deadline_s: float
+    client: str = ""
+    weight: int = 1
+    rank: int = 0
     state: JobState = JobState.WAITING
     started_s: float = 0.0
     num_cached_tokens: int = 0
@@ -110,11 +116,12 @@ class PrefillScheduler:
         self._pool = pool
         self.taker = taker
         self._block_size = block_size
-        self._chunk_tokens = chunk_tokens
+        self.chunk_tokens = chunk_tokens
         self._share_tokens = max(1, chunk_tokens // 2)
         self._readout_tokens = max(1, chunk_tokens // 4)
         self._jobs: dict[int, PrefillJob] = {}
         self._started: list[PrefillJob] = []
+        self._turns = Turns()
 
     @property
     def num_jobs(self) -> int:
@@ -143,6 +150,7 @@ class PrefillScheduler:
         """Queue a job."""
         assert job.transfer_id not in self._jobs
         self._jobs[job.transfer_id] = job
+        self._turns.want(job.client)
 
     def schedule(self, now_s: float) -> list[BatchItem]:
         """Choose the chunks of the next step, allocating the blocks of prompts that begin; empty if there is nothing.
@@ -151,9 +159,9 @@ class PrefillScheduler:
         """
         firsts, readouts = self._candidates(now_s)
         wanted = sum(job.num_left for job in readouts)
-        grants = _share(firsts, self._chunk_tokens - min(self._readout_tokens, wanted), MAX_LOGIT_ROWS)
+        grants = _share(firsts, self.chunk_tokens - min(self._readout_tokens, wanted), MAX_LOGIT_ROWS)
         num_rows_left = MAX_LOGIT_ROWS - sum(num for job, num in grants.items() if job.reads_every_row)
-        grants |= _share(readouts, self._chunk_tokens - sum(grants.values()), num_rows_left)
+        grants |= _share(readouts, self.chunk_tokens - sum(grants.values()), num_rows_left)
         return [
             BatchItem(job.sequence, job.sequence.num_computed_tokens, num_tokens, num_tokens == job.num_left)
             for job, num_tokens in grants.items()
@@ -179,8 +187,9 @@ class PrefillScheduler:
                 self._pool.name(seq.block_ids[index], seq.names[index])
             job = self._jobs[seq.transfer_id]
             job.num_in_flight += 1
+            self._turns.charge(job.client, item.num_tokens, job.weight)
             if job.num_left == 0 and job.state is JobState.COMPUTING:
-                job.state = JobState.COMPUTED
+                self._leave(job, JobState.COMPUTED)
 
     def landed(self, items: Iterable[BatchItem]) -> None:
         """Note that a launched step is done."""
@@ -193,7 +202,7 @@ class PrefillScheduler:
         """Stop computing a job; its blocks are freed once no transfer reads and no step writes them. Idempotent."""
         job = self._jobs.get(transfer_id)
         if job is not None:
-            job.state = JobState.ABORTED
+            self._leave(job, JobState.ABORTED)
             self._free_if_done(job)
 
     def transfer_ended(self, transfer_id: int) -> None:
@@ -203,20 +212,28 @@ class PrefillScheduler:
             job.has_transfer = False
             self._free_if_done(job)
 
+    def _leave(self, job: PrefillJob, state: JobState) -> None:
+        """Note that nothing more is computed for a job."""
+        if job.state in _UNFINISHED:
+            self._turns.rest(job.client)
+        job.state = state
+
     def _candidates(self, now_s: float) -> tuple[list[PrefillJob], list[PrefillJob]]:
         """Return what may compute now: prompts that owe a first token, and readouts."""
         unfinished = [job for job in self._jobs.values() if job.state in _UNFINISHED]
-        unfinished.sort(key=lambda job: job.deadline_s)
         being_computed = self._in_progress(unfinished)
         # Two passes over the first class: what it waits for may have been lifted into it.
         firsts, may_start = self._choose(
-            [job for job in unfinished if job.owes_first_token], being_computed, now_s, True
+            self._in_turns(job for job in unfinished if job.owes_first_token), being_computed, now_s, True
         )
         firsts += [job for job in unfinished if job.is_lifted and job.state is JobState.COMPUTING and job not in firsts]
         readouts, _ = self._choose(
-            [job for job in unfinished if not job.owes_first_token], being_computed, now_s, may_start
+            self._in_turns(job for job in unfinished if not job.owes_first_token), being_computed, now_s, may_start
         )
         return firsts, readouts
+
+    def _in_turns(self, jobs: Iterable[PrefillJob]) -> list[PrefillJob]:
+        return self._turns.order(jobs, lambda job: min(job.num_left, self._share_tokens))
 
     def _choose(
         self, jobs: list[PrefillJob], being_computed: dict[BlockHash, PrefillJob], now_s: float, may_start: bool
@@ -226,7 +243,7 @@ class PrefillScheduler:
         num_claimed = 0
         for job in jobs:
             # Enough to fill a step: a prompt that would not compute yet must not hold blocks yet.
-            if len(chosen) == _MAX_BATCH_SEQS or num_claimed >= self._chunk_tokens:
+            if len(chosen) == _MAX_BATCH_SEQS or num_claimed >= self.chunk_tokens:
                 break
             if job.state is JobState.WAITING:
                 # Nobody overtakes a prompt that lacks blocks: smaller ones would starve it for ever.

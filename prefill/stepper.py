@@ -5,6 +5,8 @@ prefix cache holds already is `CellsReady` at once. 3. While the model runs, eac
 so that the event loop pushes it beside the computation. 4. The last chunk yields `FirstTokenReady`. 5. `TransferEnded`
 lets the blocks go.
 
+`Measure` comes before the first of them, if it comes: how fast prompts are computed here (prefill/self_test.py).
+
 A readout has neither receiver nor first token: its last chunk yields `ReadingsReady`, and its blocks go at once.
 
 Where decode works in the same pool, nothing is sent: with its first token a prompt's blocks are handed to the decode
@@ -29,6 +31,7 @@ from engine.reading import Reading, join
 from engine.runner import BatchRunner
 from engine.sampler import Sampled
 from prefill.scheduler import JobState, PrefillJob, PrefillScheduler
+from prefill.self_test import PromptPace, measure_prompts
 from protocol.handoff import SendRange
 from protocol.readout import PromptLogprobs, ReadEmbedding
 from protocol.request import TokenRow
@@ -55,7 +58,12 @@ class TransferEnded:
     transfer_id: int
 
 
-PrefillEvent = Submit | AbortJob | TransferEnded
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """Event: measure how fast prompts are computed; nothing was placed here yet."""
+
+
+PrefillEvent = Submit | AbortJob | TransferEnded | Measure
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +115,7 @@ class ReadingsReady:
     embedding: bytes = b""
 
 
-PrefillEmission = Started | CellsReady | FirstTokenReady | ReadingsReady | PromptFailed
+PrefillEmission = Started | CellsReady | FirstTokenReady | ReadingsReady | PromptFailed | PromptPace
 
 
 @dataclass(slots=True)
@@ -159,6 +167,7 @@ class PrefillStepper:
         self._num_layers = sum(count for _, count in layer_groups)
         self._layer_push_min_tokens = layer_push_min_tokens
         self._max_model_len = max_model_len
+        self._chunk_tokens = scheduler.chunk_tokens
         self._due: deque[tuple[Callable[[], bool], Callable[[], None]]] = deque()
         self._num_in_flight = 0
         self._landed_s = 0.0
@@ -187,8 +196,11 @@ class PrefillStepper:
             self._scheduler.abort(event.transfer_id)
             if self._scheduler.taker is not None:
                 self._scheduler.taker.abandon(event.transfer_id, "its prompt was aborted")
-        else:
+        elif isinstance(event, TransferEnded):
             self._scheduler.transfer_ended(event.transfer_id)
+        else:
+            max_tokens = min(self._max_model_len - 1, self._pool.num_blocks * self._block_size)
+            self._emit(measure_prompts(self._runner, self._block_size, max_tokens, self._chunk_tokens))
         self._publish()
 
     @property

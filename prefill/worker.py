@@ -1,5 +1,6 @@
 """The prefill worker: life of one placement.
 
+0. Before it registers the worker has measured its own pace, which its registration tells (prefill/self_test.py).
 1. `Prefill` comes from the router: hash the prompt's blocks, compile its grammar, queue it on the compute thread.
 2. The prompt begins: its blocks are held, the transfer to the decode worker opens, which reserves blocks there now.
 3. Chunks are computed, short prompts first; each finished group of layers is pushed while the next computes.
@@ -17,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from contextlib import suppress
 from functools import partial
 
 import msgspec
@@ -34,15 +36,18 @@ from engine.sequence import Sequence
 from engine.service import WorkerService, drain_on_signals, new_registration
 from kvtransfer.sending import SendSide
 from kvtransfer.stats import TransferStats
+from kvtransfer.tombstones import Ending
 from kvtransfer.transport import Identity, Listener, Transport
 from kvtransfer.transports import open_transport
 from prefill.config import PrefillConfig
 from prefill.encoder_worker import run_encoder
 from prefill.scheduler import PrefillJob, PrefillScheduler
+from prefill.self_test import PromptPace
 from prefill.stepper import (
     AbortJob,
     CellsReady,
     FirstTokenReady,
+    Measure,
     PrefillEmission,
     PrefillStepper,
     PromptFailed,
@@ -70,6 +75,7 @@ log = logging.getLogger(__name__)
 
 CPU_CHUNK_TOKENS = 256
 GPU_CHUNK_TOKENS = 2048
+MEASURE_BUDGET_S = 5.0
 
 
 class PrefillWorker:
@@ -90,6 +96,7 @@ class PrefillWorker:
         self._listener: Listener | None = None
         self._sending: SendSide | None = None
         self._open_transfers: set[int] = set()
+        self._is_measured = asyncio.Event()
         self._placing: Placing[Prefill] = Placing(model, self._is_held, self._fail)
         registration = new_registration(
             config.service,
@@ -152,6 +159,21 @@ class PrefillWorker:
         self._listener = await self._departure.listen(identity, self._sender.serve)
         self.service.registration = msgspec.structs.replace(registration, address=self._listener.address)
 
+    async def measure(self) -> None:
+        """Measure how fast prompts are computed here, and let the registration say so; once compute has started."""
+        self._compute.post(self._stepper, Measure())
+        with suppress(TimeoutError):
+            async with asyncio.timeout(MEASURE_BUDGET_S):
+                await self._is_measured.wait()
+
+    def _note_pace(self, pace: PromptPace) -> None:
+        registration = self.service.registration
+        self.service.registration = msgspec.structs.replace(
+            registration, prompt_tokens_per_s=pace.tokens_per_s, context_share=pace.context_share
+        )
+        log.info("computes %.0f prompt tokens a second here, by a test of its own", pace.tokens_per_s)
+        self._is_measured.set()
+
     @property
     def _sender(self) -> SendSide:
         assert self._sending is not None, "nothing is sent in a common pool"
@@ -177,7 +199,15 @@ class PrefillWorker:
         self._placing.place(message, partial(self._submit, time.monotonic()))
 
     def _submit(self, arrived_s: float, message: Prefill, sequence: Sequence) -> None:
-        job = PrefillJob(sequence, message.decode_worker_id, arrived_s, arrived_s + message.deadline_s)
+        job = PrefillJob(
+            sequence,
+            message.decode_worker_id,
+            arrived_s,
+            arrived_s + message.deadline_s,
+            message.client,
+            message.weight,
+            message.rank,
+        )
         self._compute.post(self._stepper, Submit(job))
 
     def abort(self, transfer_id: int, reason: str) -> None:
@@ -211,6 +241,7 @@ class PrefillWorker:
             num_cached_tokens=counters.num_cached_tokens,
             num_transfers=sent.num_transfers,
             num_transfers_failed=sent.num_transfers_failed,
+            num_transfers_cancelled=sent.num_transfers_cancelled,
             num_bytes_transferred=sent.num_bytes,
             num_blocks_transferred=sent.num_blocks,
             num_blocks_skipped=sent.num_blocks_skipped,
@@ -236,6 +267,8 @@ class PrefillWorker:
                 self._sender.ready(emission.transfer_id, emission.cells)
         elif isinstance(emission, PromptFailed):
             self._fail(emission.transfer_id, emission.reason)
+        elif isinstance(emission, PromptPace):
+            self._note_pace(emission)
         elif isinstance(emission, ReadingsReady):
             self._deliver_readings(emission)
         else:
@@ -284,12 +317,13 @@ class PrefillWorker:
         self.service.tell(ready.transfer_id, message)
         self.service.release(ready.transfer_id)
 
-    def _on_transfer_ended(self, transfer_id: int, failure: str | None) -> None:
+    def _on_transfer_ended(self, transfer_id: int, ending: Ending | None) -> None:
         self._open_transfers.discard(transfer_id)
         self._compute.post(self._stepper, TransferEnded(transfer_id))
-        if failure is not None and self.service.holds(transfer_id):
+        if ending is not None and self.service.holds(transfer_id):
             self._compute.post(self._stepper, AbortJob(transfer_id))
-            self.service.tell(transfer_id, TransferFailed(transfer_id=transfer_id, reason=failure[:4000]))
+            if ending.is_failure:
+                self.service.tell(transfer_id, TransferFailed(transfer_id=transfer_id, reason=ending.reason[:4000]))
         self.service.release(transfer_id)
 
     def _is_held(self, transfer_id: int) -> bool:
@@ -335,6 +369,7 @@ async def run(config: PrefillConfig) -> int:
     try:
         await worker.start()
         compute.start()
+        await worker.measure()
         return await worker.service.run()
     finally:
         await worker.close()

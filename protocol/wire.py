@@ -97,6 +97,8 @@ class Register(Message, frozen=True, kw_only=True):
 
     `phases_agree`: a prompt's chunks and decode's steps give the same bits, whoever computes a token.
     `embedding`: what vectors it gives, if it gives any. An encoder has no address: it sends no KV.
+    `prompt_tokens_per_s`: a prefill worker's own measurement of short prompts; 0 is unknown. Each token of context adds
+    `context_share` to the time that a prompt token takes, as a share of it.
     """
 
     worker_id: Name
@@ -111,6 +113,8 @@ class Register(Message, frozen=True, kw_only=True):
     address: PeerAddress | None = None
     phases_agree: bool = False
     embedding: EmbeddingCard | None = None
+    prompt_tokens_per_s: Annotated[float, msgspec.Meta(ge=0, le=1e12)] = 0.0
+    context_share: Annotated[float, msgspec.Meta(ge=0, le=1e3)] = 0.0
 
 
 class WorkerStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -135,6 +139,7 @@ class WorkerStats(msgspec.Struct, frozen=True, kw_only=True):
     num_replayed_tokens: Count = 0
     num_transfers: Count = 0
     num_transfers_failed: Count = 0
+    num_transfers_cancelled: Count = 0
     num_bytes_transferred: Count = 0
     num_blocks_transferred: Count = 0
     num_blocks_skipped: Count = 0
@@ -260,6 +265,7 @@ class Prefill(Message, frozen=True, kw_only=True):
     `emitted` are output tokens of earlier placements that are computed like the prompt's: the first token follows them.
     `deadline_s` is how long from now the first token may take: it orders the queue, it does not cancel.
     With a `readout` nothing is sampled: there is no decode worker, `Readings` are the answer.
+    Of lower `rank` goes first; within a rank clients take turns by `weight`, each with what is due first.
     """
 
     request_id: Id
@@ -272,6 +278,9 @@ class Prefill(Message, frozen=True, kw_only=True):
     deadline_s: float
     cache_salt: Name = ""
     readout: Readout | None = None
+    client: Name = ""
+    weight: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)] = 1
+    rank: Annotated[int, msgspec.Meta(ge=-(1 << 31), lt=1 << 31)] = 0
 
 
 class Abort(Message, frozen=True, kw_only=True):
@@ -399,10 +408,14 @@ class Resend(Message, frozen=True, kw_only=True):
 
 
 class PeerAbort(Message, frozen=True, kw_only=True):
-    """Either side: this transfer is over; late pieces will be refused."""
+    """Either side: this transfer is over; late pieces will be refused.
+
+    `is_failure`: something broke. Else it was called off, by the router or because nothing is left to send for.
+    """
 
     transfer_id: Id
     reason: Text
+    is_failure: bool = True
 
 
 HandshakeMessage = Challenge | Proof | Accept

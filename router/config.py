@@ -37,6 +37,7 @@ class RouterConfig:
         idle_s: a connection on which no request has come for this long, not even the whole head of one, is closed.
         api_keys: keys that clients may show; without keys and key files everybody may ask.
         api_key_files: files with a key, and maybe its tenant, a line; read again when they change.
+        access_log: how each request has a line in the log: "text", "json", or "off".
         allowed_origins: origins whose pages may ask, as browsers name them; `*` for all.
         max_resume_s: longest time that a client may ask its stream to be kept for after it lost the connection.
         drain_s: on SIGTERM, how long running streams may take to finish.
@@ -71,6 +72,7 @@ class RouterConfig:
     idle_s: float = 75.0
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     api_key_files: tuple[str, ...] = ()
+    access_log: str = "text"
     allowed_origins: tuple[str, ...] = ()
     drain_s: float = 30.0
 

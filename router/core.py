@@ -17,12 +17,15 @@ from typing import Any, Final, TypeVar
 
 from protocol.errors import GrammarError, InvalidRequest, NotReady, Overloaded
 from protocol.readout import EmbeddingCard
+from router.access_log import current
+from router.admission import OVERLOAD_RETRY_S
 from router.config import RouterConfig
+from router.fairness import Shares
 from router.grammar_checks import GrammarChecks
 from router.intake import Intake, Job
 from router.open_requests import OpenRequests
 from router.reading import ReadQuery, ReadSession
-from router.switchboard import OVERLOAD_RETRY_S, Session, Switchboard
+from router.switchboard import Session, Switchboard
 from router.tokenizer import Tokenizer
 
 LONG_TEXT_BYTES: Final = 20_000
@@ -46,7 +49,8 @@ class Core:
         self.intake = Intake(tokenizer, config.served_model_names)
         self.open_requests = OpenRequests()
         self.grammars = GrammarChecks(config.model_path)
-        self._num_admitting = self._num_in_threads = 0
+        self._admitting = Shares()
+        self._num_in_threads = 0
         self._threads = ThreadPoolExecutor(NUM_TEXT_THREADS, thread_name_prefix="text")
 
     async def started(self) -> None:
@@ -71,12 +75,13 @@ class Core:
         Raises:
             RequestFailed, Overloaded: as `Switchboard.check_capacity` does.
         """
-        self.switchboard.check_capacity(1 + self._num_admitting)
-        self._num_admitting += 1
+        client = current().client
+        self.switchboard.check_capacity(admitting=self._admitting)
+        self._admitting.take(client)
         try:
             yield
         finally:
-            self._num_admitting -= 1
+            self._admitting.give(client)
 
     async def admit(self, num_bytes: int, make: Callable[[int], Job]) -> Job:
         """Refuse early, or make a job of what a client sent; best within `admission`. Cancel-safe.
@@ -88,7 +93,8 @@ class Core:
         Raises:
             RequestRejected, RequestFailed: as `Switchboard.check_capacity` and `Intake.job` do.
         """
-        max_model_len = self.switchboard.check_capacity(max(1, self._num_admitting))
+        is_admitted = self._admitting.held(current().client) > 0
+        max_model_len = self.switchboard.check_capacity(0 if is_admitted else 1, admitting=self._admitting)
         self._refuse_encoder()
         return await self._checked(await self.off_loop(num_bytes, lambda: make(max_model_len)))
 

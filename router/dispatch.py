@@ -12,8 +12,9 @@
 3. A lost placement begins a new epoch with the tokens that the client has; nothing of an older one counts any more.
    Where the phases agree bit by bit, prefill computes these as well and samples the one after them, so that nobody's
    fault holds up another stream; elsewhere decode replays them, step by step.
-4. A refusal costs a pause, on that worker only; nobody overtakes a request that waits for room but one of a lower
-   `priority` number.
+4. Clients take turns (router/fairness.py). A refusal costs a pause, on that worker only; nobody else is placed while
+   the request whose turn it is waits for room. Who has waited for long gets the place of the latest stream of whichever
+   client has most of them on decode workers, by two at least; that stream goes on when its own turn comes.
 5. A stream whose client does not read is paused: it gives its placement up, and gets another when the client reads on.
 6. The streams of a draining decode worker are moved to another one with room, a few at a time; it goes on with those
    that would be finished sooner than moved, and with what nobody else has room for, until its own budget is over.
@@ -23,16 +24,17 @@
 
 from __future__ import annotations
 
-import bisect
 import itertools
 from collections.abc import Iterable
 from typing import Final
 
-from protocol.block_hash import block_hashes, root_hash
+from protocol.block_hash import BlockHash, block_hashes, root_hash
 from protocol.errors import NotReady, RequestFailed
+from protocol.kv_layout import KVFingerprint
 from protocol.readout import does_answer, reads_cache
 from protocol.request import FinishReason, TokenRow
 from protocol.wire import Abort, Declined, FirstToken, Preempted, Readings, TransferFailed
+from router.fairness import FairQueue, Shares
 from router.instructions import (
     Cancelled,
     Deliver,
@@ -48,11 +50,15 @@ from router.instructions import (
 )
 from router.load import Demand, Loads, num_blocks_for
 from router.members import Registry, WorkerKey
-from router.request_state import Placement, RequestState
+from router.placement import PrefixMemory
+from router.request_state import Need, Placement, RequestState
 
 FIRST_BACKOFF_S: Final = 0.05
 MAX_BACKOFF_S: Final = 1.0
 MAX_MOVING: Final = 2
+YIELD_AFTER_S: Final = 1.0
+MAX_YIELDING: Final = 8
+FUTILE_S: Final = 10.0
 NUM_TOKEN_IDS: Final = 1 << 31
 
 
@@ -77,7 +83,11 @@ class Dispatch:
         self.loads = Loads(registry)
         self._requests: dict[int, RequestState] = {}
         self._by_transfer: dict[int, RequestState] = {}
-        self._queue: list[RequestState] = []
+        self._queue = FairQueue()
+        self._resting: set[RequestState] = set()
+        self._streams = Shares()
+        self._yield_s = 0.0
+        self._prefixes: PrefixMemory | None = None
         self._order = itertools.count()
         self._has_freed = False
         self.num_stale_tokens = 0
@@ -99,8 +109,19 @@ class Dispatch:
         assert submission.request_id not in self._requests
         request = RequestState(submission, next(self._order), now_s)
         self._requests[submission.request_id] = request
-        bisect.insort(self._queue, request, key=_rank)
+        request.cost = self._cost(request)
+        demand = None if len(self._queue) else self._demand(request)
+        pair = None if demand is None else self.loads.choose(demand, ())
+        if demand is not None and pair is not None:
+            # Where nobody waits there are no turns to be taken.
+            request.is_charged = True
+            return self._place(request, demand, pair.prefill_id, pair.decode_id, now_s)
+        self._queue.add(request)
         return self._place_waiting(now_s)
+
+    def cost_of(self, request_id: int) -> int:
+        """Return how many tokens are probably computed for the prompt of a request that has just been submitted."""
+        return self._requests[request_id].cost
 
     def cancel(self, request_id: int, now_s: float) -> list[Instruction]:
         """Forget a request whose client is gone; unknown ones have ended."""
@@ -123,8 +144,7 @@ class Dispatch:
         if request is None or request.is_paused:
             return []
         request.is_paused = True
-        if request in self._queue:
-            self._queue.remove(request)
+        self._queue.remove(request)
         return self._release(request, "its client does not read") + self._place_waiting(now_s)
 
     def go_on(self, request_id: int, now_s: float) -> list[Instruction]:
@@ -142,14 +162,20 @@ class Dispatch:
         """
         out = self._place_waiting(now_s)
         out += self._move_streams(now_s)
+        out += self._make_way(now_s)
         for request in [r for r in self._queue if now_s - r.waiting_since_s > self._placement_wait_s]:
             # A stream that gave way to others waits for room as long as there are workers at all.
-            if request.tokens and self._registry.is_ready:
+            if (request.tokens or request.has_yielded) and self._registry.is_ready:
                 continue
             missing = ", ".join(self._registry.missing()) or "all workers are full"
             error = NotReady(f"no workers could take the request within {self._placement_wait_s:g} s: {missing}")
             out += self._end(request, Fail(request.request_id, error), "waited too long")
         return out
+
+    def request_of(self, transfer_id: int) -> int | None:
+        """Return whose present placement this is; None if it is history."""
+        request = self._by_transfer.get(transfer_id)
+        return None if request is None else request.request_id
 
     # --- events from workers ---
 
@@ -222,10 +248,11 @@ class Dispatch:
             return []
         backoff_s = min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2 ** min(request.num_declines, 10))
         request.num_declines += 1
-        request.retry_s[key.worker_id] = now_s + backoff_s
         # The wait goes on where it began: refusals do not prolong it.
-        since_s = request.waiting_since_s
-        return self._requeue(request, f"declined: {message.reason}", since_s) + self._place_waiting(now_s)
+        out = self._requeue(request, f"declined: {message.reason}", request.waiting_since_s)
+        request.retry_s[key.worker_id] = now_s + backoff_s
+        self._resting.add(request)
+        return out + self._place_waiting(now_s)
 
     def preempted(self, key: WorkerKey, message: Preempted, now_s: float) -> list[Instruction]:
         """Take the news that a sequence gave way to older ones; next time it waits for more room."""
@@ -252,6 +279,7 @@ class Dispatch:
                 placement.decode_holds &= not on_decode
                 out += self._replace(request, f"worker {key.worker_id} was lost", now_s, place=False)
         self.loads.forget(key)
+        self._prefixes = None
         return out + self._place_waiting(now_s)
 
     # --- tokens ---
@@ -312,36 +340,66 @@ class Dispatch:
         return self._place_waiting(now_s) if self._has_freed and self._queue else []
 
     def _place_waiting(self, now_s: float) -> list[Instruction]:
+        """Place what can be placed, turn by turn, until for each need somebody waits for room."""
         out: list[Instruction] = []
-        is_blocked = is_reading_blocked = self._has_freed = False
-        for request in list(self._queue):
-            if (is_blocked and request.needs_decode) or (is_reading_blocked and request.submission.readout is not None):
-                continue
+        aside: list[RequestState] = []
+        open_needs, self._has_freed = set(Need), False
+        while (request := self._queue.first(open_needs)) is not None:
             demand = self._demand(request)
             if demand is None:
                 break
             resting = {worker_id for worker_id, until_s in request.retry_s.items() if until_s > now_s}
             pair = self.loads.choose(demand, resting)
-            if pair is None:
+            if pair is not None:
+                self._queue.take(request)
+                out += self._place(request, demand, pair.prefill_id, pair.decode_id, now_s)
+            elif resting:
                 # One that rests after a refusal lets others pass; one that waits for room does not.
-                if demand.is_readout:
-                    is_reading_blocked = is_reading_blocked or not resting
-                else:
-                    is_blocked = is_blocked or not resting
-                continue
-            self._queue.remove(request)
-            out += self._place(request, demand, pair.prefill_id, pair.decode_id, now_s)
+                self._queue.remove(request)
+                aside.append(request)
+            else:
+                open_needs.discard(request.need)
+        for request in aside:
+            self._queue.add(request)
         return out
+
+    def _make_way(self, now_s: float) -> list[Instruction]:
+        """Place a request that has waited for room for long enough, in place of streams of a client with more."""
+        late = [r for r in self._queue.heads(Need.PAIR) if now_s - r.waiting_since_s >= YIELD_AFTER_S]
+        waiting = min(late, key=lambda r: (r.rank, self._streams.load(r.submission.client), r.order), default=None)
+        demand = None if waiting is None else self._demand(waiting)
+        if waiting is None or demand is None or now_s < self._yield_s or not self.loads.lacks_room(demand):
+            return []
+        out: list[Instruction] = []
+        for _ in range(MAX_YIELDING):
+            if (richer := self._richest(waiting)) is None:
+                break
+            out += self._requeue(richer, "it gives its place to another client", now_s, yields=True)
+            if (pair := self.loads.choose(demand, ())) is not None:
+                self._queue.take(waiting)
+                return out + self._place(waiting, demand, pair.prefill_id, pair.decode_id, now_s)
+        if out:
+            # That was no use: it asks for more than others may be made to give up.
+            self._yield_s = now_s + FUTILE_S
+        return out + self._place_waiting(now_s)
+
+    def _richest(self, waiting: RequestState) -> RequestState | None:
+        """Return the latest stream of the client that has most, if it is left with no fewer than who waits has then."""
+        client = waiting.submission.client
+        richest = self._streams.heaviest(client)
+        if richest is None or self._streams.load(richest, -1) < self._streams.load(client, +1):
+            return None
+        for request in reversed(self._by_transfer.values()):
+            is_stream = request.placement is not None and request.placement.decode is not None
+            if is_stream and request.submission.client.name == richest.name and request.rank >= waiting.rank:
+                return request
+        return None
 
     def _demand(self, request: RequestState) -> Demand | None:
         fingerprint = self._registry.fingerprint
         if fingerprint is None:
             return None
         submission = request.submission
-        if request.named_for is not fingerprint:
-            root = root_hash(fingerprint.model_hash, submission.cache_salt)
-            request.names = tuple(block_hashes(submission.prompt, fingerprint.block_size, root))
-            request.named_for = fingerprint
         num_tokens = len(submission.prompt) + len(request.tokens) + 1
         # Who gave way before comes back with room for more, so that it does not give way again at once.
         room_tokens = max(0, submission.sampling.max_tokens - len(request.tokens) - 1)
@@ -349,7 +407,7 @@ class Dispatch:
         num_prefill_tokens = len(submission.prompt) + (len(request.tokens) if self._registry.phases_agree else 0)
         return Demand(
             num_prompt_tokens=num_prefill_tokens,
-            names=request.names,
+            names=self._names(request, fingerprint),
             num_blocks=num_blocks_for(num_tokens, fingerprint.block_size),
             needs_decode=request.needs_decode,
             is_readout=submission.readout is not None,
@@ -366,6 +424,8 @@ class Dispatch:
         for_prefill = emitted if self._registry.phases_agree else ()
         request.placement = Placement(transfer_id, prefill, decode, len(for_prefill), decode_holds=decode is not None)
         self._by_transfer[transfer_id] = request
+        if decode is not None:
+            self._streams.take(request.submission.client)
         self.loads.placed(transfer_id, demand, prefill, decode)
         submission, epoch = request.submission, request.epoch
         out: list[Instruction] = []
@@ -373,7 +433,28 @@ class Dispatch:
             is_replayed = len(for_prefill) < len(emitted)
             out.append(Send(decode, submission.reserve(transfer_id, epoch, prefill_id, emitted, is_replayed)))
         out.append(Send(prefill, submission.prefill(transfer_id, epoch, decode_id, for_prefill, now_s)))
-        return [*out, Placed(submission.request_id, epoch)]
+        return [*out, Placed(submission.request_id, epoch, transfer_id, prefill_id, decode_id)]
+
+    def _cost(self, request: RequestState) -> int:
+        """Return how many tokens of a prompt no prompt before it has had, and remember them."""
+        submission, num_tokens = request.submission, len(request.submission.prompt)
+        fingerprint = self._registry.fingerprint
+        if fingerprint is None or not reads_cache(submission.readout):
+            return num_tokens
+        if self._prefixes is None:
+            self._prefixes = PrefixMemory(sum(worker.registration.num_blocks for worker in self._registry))
+        names = self._names(request, fingerprint)
+        num_held = self._prefixes.num_held(names) * fingerprint.block_size
+        self._prefixes.note(names)
+        return max(1, num_tokens - num_held)
+
+    def _names(self, request: RequestState, fingerprint: KVFingerprint) -> tuple[BlockHash, ...]:
+        if request.named_for is not fingerprint:
+            submission = request.submission
+            root = root_hash(fingerprint.model_hash, submission.cache_salt)
+            request.names = tuple(block_hashes(submission.prompt, fingerprint.block_size, root))
+            request.named_for = fingerprint
+        return request.names
 
     def _key(self, worker_id: str) -> WorkerKey:
         worker = self._registry.get(worker_id)
@@ -429,16 +510,22 @@ class Dispatch:
         error = RequestFailed(f"gave up after {request.num_failures} failed placements; the last: {reason}")
         return self._end(request, Fail(request.request_id, error), reason)
 
-    def _requeue(self, request: RequestState, reason: str, waiting_since_s: float) -> list[Instruction]:
+    def _requeue(
+        self, request: RequestState, reason: str, waiting_since_s: float, yields: bool = False
+    ) -> list[Instruction]:
+        """Let a request wait again: before all that never had workers, unless it yields to one of these."""
         out = self._release(request, reason)
         request.waiting_since_s = waiting_since_s
-        bisect.insort(self._queue, request, key=_rank)
+        request.has_yielded |= yields
+        request.is_charged &= not yields
+        request.is_resumed = request.is_charged
+        self._queue.add(request)
         return out
 
     def _end(self, request: RequestState, terminal: Terminal, reason: str) -> list[Instruction]:
         out = self._release(request, reason)
-        if request in self._queue:
-            self._queue.remove(request)
+        self._queue.remove(request)
+        self._resting.discard(request)
         del self._requests[request.request_id]
         return [*out, terminal]
 
@@ -449,6 +536,8 @@ class Dispatch:
             return []
         self._has_freed = True
         del self._by_transfer[placement.transfer_id]
+        if placement.decode is not None:
+            self._streams.give(request.submission.client)
         out: list[Instruction] = []
         sides = ((placement.prefill, placement.prefill_holds), (placement.decode, placement.decode_holds))
         for key, holds in sides:
@@ -457,13 +546,10 @@ class Dispatch:
             self.loads.ended(placement.transfer_id, key)
             if holds:
                 out.append(Send(key, Abort(transfer_id=placement.transfer_id, reason=reason[:4000])))
-            for waiting in self._queue:
-                waiting.retry_s.pop(key.worker_id, None)
+            for resting in self._resting:
+                if resting in self._queue:
+                    resting.retry_s.pop(key.worker_id, None)
         return out
-
-
-def _rank(request: RequestState) -> tuple[int, int]:
-    return request.submission.priority, request.order
 
 
 def _is_token(row: TokenRow) -> bool:

@@ -1,13 +1,15 @@
-"""What a request passes before its handler: keys, other origins, and limits of its connection.
+"""What a request passes before its handler: its record, keys, other origins, and limits of its connection.
 
 1. A connection that has not sent the head of a request within its budget is closed, and so is one that stays idle.
 2. A head that is too large is answered with 431, one that is no HTTP with 400, both in OpenAI's shape.
 3. A browser's preflight is answered for origins that are allowed; every answer says so to its browser.
 4. Without a key that is known, where keys are needed, the answer is 401.
+5. Whatever is asked of the model, or refused, has a line in the access log; who looks after the server has none.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
@@ -17,12 +19,14 @@ from aiohttp import web
 from aiohttp.http_exceptions import LineTooLong
 from aiohttp.web_request import BaseRequest
 
-from router.access import OPEN_PATHS, Access
+from router.access import OPEN_PATHS, Access, Client
+from router.access_log import CLIENT_LEFT, AccessLog, current
 from router.responses import encode_json, error_body
 
 log = logging.getLogger(__name__)
 
 TENANT: Final = web.RequestKey("tenant", str)
+REQUEST_ID: Final = web.RequestKey("request_id", str)
 MAX_LINE_BYTES: Final = 8190
 MAX_HEADERS: Final = 128
 PREFLIGHT_AGE_S: Final = 600
@@ -31,13 +35,42 @@ _EXPOSED: Final = "X-Request-ID, Retry-After"
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
+def recorded(access_log: AccessLog) -> Any:
+    """Return a middleware that keeps the record of each request, outside of all others."""
+
+    @web.middleware
+    async def record(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if request.path in OPEN_PATHS:
+            return await handler(request)
+        with access_log.record(f"{request.method} {request.path}") as noted:
+            # Until a key says whose request it is, or where none is known.
+            noted.client = Client(request.remote or "")
+            try:
+                response = await handler(request)
+                noted.status = response.status
+                if request.method != "POST" and response.status < 400:
+                    noted.dismiss()
+                return response
+            except (asyncio.CancelledError, ConnectionError):
+                noted.status = CLIENT_LEFT
+                raise
+            except web.HTTPException as error:
+                noted.status = error.status
+                raise
+            finally:
+                noted.request_id = request.get(REQUEST_ID, "")
+
+    return record
+
+
 def keys_needed(access: Access) -> Any:
     """Return a middleware that lets requests with a known key pass, and notes their tenant."""
 
     @web.middleware
     async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
         if request.path not in OPEN_PATHS:
-            request[TENANT] = access.tenant_of(request.headers.get("Authorization"))
+            client = access.client_of(request.headers.get("Authorization"), request.remote)
+            request[TENANT], current().client = client.tenant, client
         return await handler(request)
 
     return check

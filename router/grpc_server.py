@@ -15,10 +15,12 @@ import asyncio
 import logging
 import secrets
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, Final
+from urllib.parse import unquote
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -39,6 +41,8 @@ from protocol.errors import (
 )
 from protocol.request import FinishReason
 from router.access import Access
+from router.access_log import AccessLog, RequestRecord, current
+from router.admission import OVERLOAD_RETRY_S
 from router.api import ChatRequest, CompletionRequest, parse
 from router.bodies import body_of_fields
 from router.config import RouterConfig
@@ -53,7 +57,7 @@ from router.intake import Job
 from router.prompt_logprobs import read_prompts
 from router.rpc import baton_v1_pb2 as pb
 from router.rpc import baton_v1_pb2_grpc as rpc
-from router.switchboard import OVERLOAD_RETRY_S, Session
+from router.switchboard import Session
 from router.text import Piece
 
 log = logging.getLogger(__name__)
@@ -168,13 +172,15 @@ class BatonService(rpc.BatonServicer):  # type: ignore[misc, unused-ignore]
         self._stall_s = config.client_stall_s
         self._model = config.served_model_names[0]
         self._access = Access(config.api_keys, config.api_key_files, time.monotonic)
+        self._access_log = AccessLog(config.access_log, time.monotonic)
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> None:
         """Write messages until every choice is finished."""
-        try:
-            await self._generate(request, context)
-        except (RequestRejected, RequestFailed) as error:
-            await _refuse(context, error)
+        with self._record("Generate") as record:
+            try:
+                await self._generate(request, context)
+            except (RequestRejected, RequestFailed) as error:
+                await _refuse(context, error, record)
 
     async def Abort(self, request: pb.AbortRequest, context: Any) -> pb.AbortResponse:
         """End a request of any connection."""
@@ -182,24 +188,41 @@ class BatonService(rpc.BatonServicer):  # type: ignore[misc, unused-ignore]
             name = _name(self._tenant(context), request.request_id)
             return pb.AbortResponse(was_open=self._core.open_requests.abort(name))
         except Unauthorized as error:
-            await _refuse(context, error)
+            await _refuse(context, error, current())
             raise
 
     async def Decide(self, request: pb.DecideRequest, context: Any) -> pb.DecideResponse:
         """Answer questions about a text."""
-        try:
-            return await self._decide(request, context)
-        except (RequestRejected, RequestFailed) as error:
-            await _refuse(context, error)
-            raise
+        with self._record("Decide") as record:
+            try:
+                return await self._decide(request, context)
+            except (RequestRejected, RequestFailed) as error:
+                await _refuse(context, error, record)
+                raise
 
     async def Embed(self, request: pb.EmbedRequest, context: Any) -> pb.EmbedResponse:
         """Turn texts into vectors."""
-        try:
-            return await self._embed(request, context)
-        except (RequestRejected, RequestFailed) as error:
-            await _refuse(context, error)
-            raise
+        with self._record("Embed") as record:
+            try:
+                return await self._embed(request, context)
+            except (RequestRejected, RequestFailed) as error:
+                await _refuse(context, error, record)
+                raise
+
+    @contextmanager
+    def _record(self, call: str) -> Iterator[RequestRecord]:
+        """Keep the record of a call; `_refuse` notes another status than that of one that went well."""
+        with self._access_log.record(call) as record:
+            record.status = "OK"
+            try:
+                yield record
+            except asyncio.CancelledError:
+                record.status = "CANCELLED"
+                raise
+            except Exception as error:
+                record.status = "UNKNOWN" if record.status == "OK" else record.status
+                record.failed(error)
+                raise
 
     async def _embed(self, request: pb.EmbedRequest, context: Any) -> pb.EmbedResponse:
         arrived_s, tenant, told = time.monotonic(), self._tenant(context), _told(context)
@@ -233,7 +256,7 @@ class BatonService(rpc.BatonServicer):  # type: ignore[misc, unused-ignore]
         tenant, told = self._tenant(context), _told(context)
         with core.admission():
             job = await core.admit(request.ByteSize(), partial(self._job, request, tenant, told))
-        request_id = job.request_id or secrets.token_hex(12)
+        current().request_id = request_id = job.request_id or secrets.token_hex(12)
         name = _name(tenant, request_id)
         read = await read_prompts(core, job, arrived_s)
         shape = MessageShape(job, core.tokenizer, request_id, read)
@@ -253,7 +276,9 @@ class BatonService(rpc.BatonServicer):  # type: ignore[misc, unused-ignore]
     def _tenant(self, context: Any) -> str:
         """Return whose call it is. Raises Unauthorized."""
         metadata = dict(context.invocation_metadata() or ())
-        return self._access.tenant_of(metadata.get("authorization"))
+        client = self._access.client_of(metadata.get("authorization"), _address(context.peer()))
+        current().client = client
+        return client.tenant
 
     def _job(self, request: pb.GenerateRequest, tenant: str, told: dict[str, Any], max_model_len: int) -> Job:
         body, kind = body_of(request, self._model)
@@ -314,9 +339,11 @@ class MessageWriter:
         self._session.pause()
 
 
-async def _refuse(context: Any, error: RequestRejected | RequestFailed) -> None:
+async def _refuse(context: Any, error: RequestRejected | RequestFailed, record: RequestRecord) -> None:
     """End a call with the status of an error; a client that does not read is not waited for."""
     code = next(code for kind, code in _STATUS if isinstance(error, kind))
+    record.status = code.name
+    record.failed(error)
     trailing = [("baton-error-type", error.error_type)]
     if isinstance(error, RequestRejected) and error.param:
         trailing.append(("baton-field", error.param))
@@ -344,6 +371,13 @@ def _told(context: Any) -> dict[str, Any]:
         except ValueError:
             raise InvalidRequest("x-priority: must be a whole number", "x-priority") from None
     return told
+
+
+def _address(peer: str) -> str | None:
+    """Return the address of a peer as gRPC names it: `ipv4:1.2.3.4:5`, `ipv6:[::1]:5` or `ipv6:%5B::1%5D:5`."""
+    family, _, rest = peer.partition(":")
+    host = unquote(rest).rpartition(":")[0].strip("[]")
+    return host if family in ("ipv4", "ipv6") else None
 
 
 def _name(tenant: str, request_id: str) -> str:

@@ -15,12 +15,13 @@ from protocol.errors import RequestFailed
 from protocol.readout import Readout
 from protocol.request import FinishReason, SamplingParams, TokenRow
 from protocol.wire import FirstToken, Message, Prefill, Readings, Reserve
+from router.access import NOBODY, Client
 from router.members import WorkerKey
 
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """An accepted request; lower `priority` is placed earlier.
+    """An accepted request; of those of its client a lower `priority` is placed earlier, of all as far as it may say so.
 
     `first_token_due_s` is on the clock of the events; of a `readout` it is its readings'.
     """
@@ -32,6 +33,7 @@ class Submission:
     cache_salt: str = ""
     readout: Readout | None = None
     priority: int = 0
+    client: Client = NOBODY
 
     @property
     def needs_decode(self) -> bool:
@@ -77,6 +79,9 @@ class Submission:
             deadline_s=self.first_token_due_s - now_s,
             cache_salt=self.cache_salt,
             readout=self.readout,
+            client=self.client.name,
+            weight=self.client.weight,
+            rank=self.client.rank(self.priority),
         )
 
 
@@ -90,10 +95,13 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """Instruction: note that workers were chosen."""
+    """Instruction: note which workers were chosen."""
 
     request_id: int
     epoch: int
+    transfer_id: int
+    prefill_id: str
+    decode_id: str | None
 
 
 class Deliver(msgspec.Struct, frozen=True):

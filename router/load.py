@@ -67,6 +67,11 @@ class Loads:
         decodes = [self._decode(w, demand) for w in self._registry.decodes if self._takes(w, excluded)]
         return choose(demand.num_prompt_tokens, prefills, decodes)
 
+    def lacks_room(self, demand: Demand) -> bool:
+        """Whether there are decode workers for a demand, and all of them are full."""
+        decodes = [self._decode(w, demand) for w in self._registry.decodes if self._takes(w, ())]
+        return bool(decodes) and not any(decode.has_room for decode in decodes)
+
     def placed(self, transfer_id: int, demand: Demand, prefill: WorkerKey, decode: WorkerKey | None) -> None:
         """Count a placement."""
         load = self._of(prefill)

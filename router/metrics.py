@@ -35,7 +35,8 @@ _TRANSFERS: Final = (
     ("num_blocks_skipped", "transfer_blocks_skipped", "KV blocks not sent, since decode held them already."),
     ("transfer_s", "transfer_seconds", "Time that transfers took, added up."),
     ("num_transfers", "transfers", "Transfers that landed."),
-    ("num_transfers_failed", "transfers_failed", "Transfers that failed."),
+    ("num_transfers_failed", "transfers_failed", "Transfers that broke."),
+    ("num_transfers_cancelled", "transfers_cancelled", "Transfers called off: nobody wanted them any more."),
 )
 _MAX_KNOWN_WORKERS: Final = 1024
 _MAX_GONE_WORKERS: Final = 64
@@ -148,11 +149,13 @@ class Metrics:
         elif timeline.ttft_s is not None:
             self._ttft.observe(timeline.ttft_s)
 
-    def prefilled(self, timeline: Timeline, first: FirstToken) -> None:
-        """Observe how the time to the first token was spent."""
+    def prefilled(self, timeline: Timeline, first: FirstToken) -> float:
+        """Observe how the time to the first token was spent; returns how much of it was waiting."""
         in_router_s = 0.0 if timeline.placed_s is None else timeline.placed_s - timeline.arrived_s
-        self._queue.observe(max(0.0, in_router_s + first.queue_s))
+        queue_s = max(0.0, in_router_s + first.queue_s)
+        self._queue.observe(queue_s)
         self._prefill.observe(max(0.0, first.prefill_s))
+        return queue_s
 
     def finished(self, timeline: Timeline, reason: FinishReason) -> None:
         """Observe a finished choice."""

@@ -20,10 +20,12 @@ from typing import Final
 from protocol.errors import NotReady, RequestFailed
 from protocol.readout import Readout
 from protocol.request import SamplingParams
+from protocol.timeline import Timeline
 from protocol.wire import Readings
+from router.access_log import RequestRecord, current
+from router.admission import Admission
 from router.instructions import Cancelled, Fail, Finish, IdSource, Submission, Terminal
 from router.metrics import Metrics
-from router.pace import Pace
 
 WINDOW: Final = 32
 _NO_SAMPLING: Final = SamplingParams(seed=0, max_tokens=1)
@@ -59,11 +61,11 @@ class ReadSession:
 
     def __init__(self, queries: Sequence[ReadQuery], close: Callable[[ReadSession], None]) -> None:
         self.queries = tuple(queries)
+        self.record = current()
         self.failure: RequestFailed | None = None
         self.num_unread = len(self.queries)
         self.unsubmitted = deque(range(len(self.queries)))
         self.running: set[int] = set()
-        self._known_prefixes: set[int] = set()
         self._found: list[Readings | None] = [None] * len(self.queries)
         self._close = close
         self._is_over = asyncio.Event()
@@ -88,12 +90,6 @@ class ReadSession:
         if not self.num_unread:
             self._is_over.set()
 
-    def num_new_tokens(self, query: ReadQuery) -> int:
-        """Return how many tokens of a query none before it has had."""
-        is_new = id(query.shared) not in self._known_prefixes
-        self._known_prefixes.add(id(query.shared))
-        return len(query.tokens) + (len(query.shared) if is_new else 0)
-
     def fail(self, error: RequestFailed) -> None:
         """End the session; the first failure counts."""
         if self.failure is None:
@@ -109,17 +105,18 @@ class ReadSession:
 class _Run:
     session: ReadSession
     index: int
-    arrived_s: float
+    timeline: Timeline
 
 
 class Readers:
     """Open readouts of one router, between its clients and its dispatch. Used on one event loop.
 
     Args:
-        submit: hands a submission to dispatch and carries out what follows.
+        submit: hands a submission to dispatch, tells the pace of it, and carries out what follows.
         cancel: forgets a request, the same way.
         due_s: how long after its arrival a prompt of so many tokens should have been computed.
         clock: monotonic seconds.
+        admission: each query holds a place until it is read, or dropped.
     """
 
     def __init__(
@@ -130,6 +127,7 @@ class Readers:
         cancel: Callable[[int], None],
         due_s: Callable[[int], float],
         clock: Callable[[], float],
+        admission: Admission,
     ) -> None:
         self._ids = ids
         self._metrics = metrics
@@ -137,16 +135,19 @@ class Readers:
         self._cancel = cancel
         self._due_s = due_s
         self._clock = clock
+        self._places = admission.places
         self._runs: dict[int, _Run] = {}
         self._sessions: dict[ReadSession, tuple[float, str]] = {}
         self.num_unread = 0
-        self.pace = Pace()
+        self._pace = admission.reading_pace
 
     def open(self, queries: Sequence[ReadQuery], cache_salt: str, arrived_s: float) -> ReadSession:
         """Begin a session; the caller has asked for capacity, and closes it."""
         session = ReadSession(queries, self.close)
         self._sessions[session] = (arrived_s, cache_salt)
         self.num_unread += len(queries)
+        self._places.take(session.record.client, len(queries))
+        session.record.reads(len(queries), sum(query.num_tokens for query in queries))
         for query in queries:
             self._metrics.accepted(query.num_tokens)
         while session.unsubmitted and len(session.running) < WINDOW:
@@ -158,6 +159,7 @@ class Readers:
         if self._sessions.pop(session, None) is None:
             return
         self.num_unread -= len(session.unsubmitted)
+        self._places.give(session.record.client, len(session.unsubmitted))
         session.unsubmitted.clear()
         for request_id in tuple(session.running):
             self._cancel(request_id)
@@ -172,36 +174,53 @@ class Readers:
         """Whether a request is a readout."""
         return request_id in self._runs
 
+    def placed(self, request_id: int) -> None:
+        """Note that a readout has a worker; those that have ended are no matter."""
+        if run := self._runs.get(request_id):
+            run.timeline.placed(self._clock())
+
+    def record_of(self, request_id: int) -> RequestRecord | None:
+        """Return the record of a readout's request; None if it has ended."""
+        run = self._runs.get(request_id)
+        return None if run is None else run.session.record
+
     def put(self, request_id: int, readings: Readings) -> None:
         """Take what a worker has read; the terminal record follows."""
         run = self._runs[request_id]
-        self._metrics.read(run.session.queries[run.index].kind, self._clock() - run.arrived_s)
-        self.pace.served(request_id, self._clock())
+        self._metrics.read(run.session.queries[run.index].kind, self._clock() - run.timeline.arrived_s)
+        run.session.record.num_cached_tokens += readings.num_cached_tokens
+        self._pace.served(request_id, self._clock())
         run.session.put(run.index, readings)
 
     def end(self, terminal: Terminal) -> None:
         """Take the terminal record of a readout, and submit the next one of its session."""
         run = self._runs.pop(terminal.request_id)
-        self.pace.gone(terminal.request_id, self._clock())
+        self._pace.gone(terminal.request_id, self._clock())
         self.num_unread -= 1
-        session = run.session
+        session, record = run.session, run.session.record
+        self._places.give(record.client)
         session.running.discard(terminal.request_id)
         match terminal:
-            case Finish() if session.unsubmitted:
-                self._submit_next(session)
+            case Finish():
+                record.ended(run.timeline, "read")
+                if session.unsubmitted:
+                    self._submit_next(session)
             case Fail(_, error):
+                record.ended(run.timeline, "failed")
+                record.failed(error)
                 self._metrics.failed("not_ready" if isinstance(error, NotReady) else "placements")
                 session.fail(error)
                 session.close()
             case Cancelled():
+                record.ended(run.timeline, "cancelled")
                 self._metrics.cancelled()
 
     def _submit_next(self, session: ReadSession) -> None:
         index = session.unsubmitted.popleft()
         query, request_id = session.queries[index], self._ids.next()
         arrived_s, cache_salt = self._sessions[session]
-        self._runs[request_id] = _Run(session, index, arrived_s)
+        self._runs[request_id] = _Run(session, index, Timeline(arrived_s))
         session.running.add(request_id)
-        self.pace.begin(request_id, session.num_new_tokens(query), self._clock())
         prompt, due_s = query.shared + query.tokens, arrived_s + self._due_s(query.num_tokens)
-        self._submit(Submission(request_id, prompt, _NO_SAMPLING, due_s, cache_salt, query.readout))
+        client = session.record.client
+        self._submit(Submission(request_id, prompt, _NO_SAMPLING, due_s, cache_salt, query.readout, client=client))

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum
 
 from protocol.block_hash import BlockHash
 from protocol.kv_layout import KVFingerprint
 from protocol.request import TokenRow
 from router.instructions import Submission
 from router.members import WorkerKey
+
+
+class Need(Enum):
+    """What a request waits for: a pair of workers, or a prefill worker for its one token or for what is read off it."""
+
+    PAIR = "pair"
+    FIRST_TOKEN = "first token"
+    READINGS = "readings"
 
 
 @dataclass(slots=True)
@@ -46,6 +55,10 @@ class RequestState:
         retry_s: workers that refused it, and until when they are left alone.
         is_paused: its client does not read; it has no workers and waits for none.
         is_moving: it was moved off a draining worker and has had no token since.
+        cost: prompt tokens that are probably computed for it.
+        is_charged: its client has had that already.
+        is_resumed: it had workers and lost them: it goes before what never had any.
+        has_yielded: it gave its place to another client, and waits for its own client's turn again.
     """
 
     submission: Submission
@@ -62,10 +75,26 @@ class RequestState:
     retry_s: dict[str, float] = field(default_factory=dict)
     is_paused: bool = False
     is_moving: bool = False
+    cost: int = 1
+    is_charged: bool = False
+    is_resumed: bool = False
+    has_yielded: bool = False
 
     @property
     def request_id(self) -> int:
         return self.submission.request_id
+
+    @property
+    def rank(self) -> int:
+        """Its priority, as far as that counts between clients."""
+        return self.submission.client.rank(self.submission.priority)
+
+    @property
+    def need(self) -> Need:
+        """What it waits for."""
+        if self.submission.readout is not None:
+            return Need.READINGS
+        return Need.PAIR if self.needs_decode else Need.FIRST_TOKEN
 
     @property
     def needs_decode(self) -> bool:

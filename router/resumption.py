@@ -199,6 +199,7 @@ class KeptStream:
             self._append(self._shape.failure(error), has_token=False)
         finally:
             self._session.close()
+            self._session.record.close()
             self.is_over = True
             self._news.set()
 

@@ -26,10 +26,12 @@ from protocol.errors import InvalidRequest, NotReady, Overloaded, RequestFailed,
 from protocol.request import FinishReason
 from protocol.wire import Role
 from router.access import Access
+from router.access_log import AccessLog, current
+from router.admission import OVERLOAD_RETRY_S
 from router.api import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, parse
 from router.config import RouterConfig
 from router.core import Core
-from router.doorway import TENANT, Origins, keys_needed
+from router.doorway import REQUEST_ID, TENANT, Origins, keys_needed, recorded
 from router.embeddings import EmbeddingRoutes
 from router.endpoints import ENDPOINTS, document
 from router.event_stream import EventStream
@@ -53,13 +55,12 @@ from router.responses import (
 )
 from router.resumption import Claim, KeptStreams, asks_to_resume, claim_of
 from router.shape import Shape
-from router.switchboard import OVERLOAD_RETRY_S, Session, Switchboard
+from router.switchboard import Session, Switchboard
 from router.text import Piece
 
 log = logging.getLogger(__name__)
 
 MAX_REQUEST_ID_CHARS: Final = 128
-REQUEST_ID: Final = web.RequestKey("request_id", str)
 
 Kind = type[ChatRequest] | type[CompletionRequest] | type[ResponsesRequest]
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -82,7 +83,8 @@ class HttpServer:
 
     def app(self) -> web.Application:
         """Return the aiohttp application for clients."""
-        doors = [errors_in_openai_shape, self._origins.answer_preflight, keys_needed(self._access)]
+        log_door = recorded(AccessLog(self._config.access_log, time.monotonic))
+        doors = [log_door, errors_in_openai_shape, self._origins.answer_preflight, keys_needed(self._access)]
         app = web.Application(middlewares=doors, client_max_size=self._config.max_body_bytes)
         app.on_response_prepare.append(_name_response)
         app.on_response_prepare.append(self._origins.tell)
@@ -133,7 +135,9 @@ class HttpServer:
         body = await self._read(request)
         with self._core.admission():
             job = await self._core.admit(len(body), partial(self._job, request, body, kind))
-        request[REQUEST_ID] = name = _request_id(request) or job.request_id or request[REQUEST_ID]
+        request[REQUEST_ID] = current().request_id = name = (
+            _request_id(request) or job.request_id or request[REQUEST_ID]
+        )
         read = await read_prompts(self._core, job, arrived_s)
         shape = shape_of(job, self._tokenizer, name, read)
         if job.is_prompt_only:
@@ -152,13 +156,17 @@ class HttpServer:
         asked = f"{request.path}\n{request[TENANT]}\n".encode() + body
         claim = claim_of(request.headers, _request_id(request), self._config.max_resume_s, asked)
         kept = self._kept.find(claim)
-        if kept is None:
+        if kept is not None:
+            current().dismiss()  # who reads on adds nothing to the record of the stream
+        else:
             with self._core.admission():
                 job = await self._core.admit(len(body), partial(self._job, request, body, kind, claim=claim))
                 # The same client may have been faster on another connection.
                 kept = self._kept.find(claim)
                 if kept is None:
+                    request[REQUEST_ID] = current().request_id = claim.request_id
                     session = self._core.open(job, arrived_s)
+                    session.record.hand_over()
                     kept = self._kept.keep(claim, session, shape_of(job, self._tokenizer, claim.request_id))
         return await self._kept.read(kept, request, claim)
 
@@ -342,6 +350,7 @@ async def errors_in_openai_shape(request: web.Request, handler: Handler) -> web.
     try:
         return await handler(request)
     except (RequestRejected, RequestFailed) as error:
+        current().failed(error)
         response = _json(encode_json(body_of_error(error)), error.status)
         if isinstance(error, Overloaded | NotReady):
             retry_s = error.retry_after_s if isinstance(error, Overloaded) else OVERLOAD_RETRY_S
@@ -358,7 +367,8 @@ async def errors_in_openai_shape(request: web.Request, handler: Handler) -> web.
     except ConnectionError:
         raise
     except Exception:
-        log.exception("%s %s failed", request.method, request.path)
+        current().failed(RequestFailed("internal error"))
+        log.exception("request %s: %s %s failed", request[REQUEST_ID], request.method, request.path)
         return _json(encode_json(error_body("internal error", "server_error", 500)), 500)
 
 

@@ -10,6 +10,7 @@
    handler waits, its pieces go to the handler's sink at once; what the sink does not take wakes the handler.
 3. The first failure of a choice fails its session. Closing a session cancels whatever of it still runs.
 4. Readouts have sessions of their own (router/reading.py), and the same admission.
+5. What becomes of a request is noted in its record, which makes one line of the access log (router/access_log.py).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from protocol.channel import Conversation
-from protocol.errors import NotReady, Overloaded, RequestFailed
+from protocol.errors import NotReady, RequestFailed
 from protocol.timeline import Timeline
 from protocol.wire import (
     Declined,
@@ -38,8 +39,11 @@ from protocol.wire import (
     TransferFailed,
     WorkerMessage,
 )
+from router.access_log import RequestRecord, current
+from router.admission import Admission
 from router.config import RouterConfig
 from router.dispatch import Dispatch
+from router.fairness import Shares
 from router.instructions import (
     Cancelled,
     Deliver,
@@ -56,15 +60,13 @@ from router.instructions import (
 from router.intake import Choice, Job
 from router.members import Refusal, Registry, Worker, WorkerKey
 from router.metrics import Metrics
-from router.pace import Pace
 from router.reading import Readers, ReadQuery, ReadSession
 from router.text import ChoiceText, Piece
 from router.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-OVERLOAD_RETRY_S = 1.0
-# No deadline is as far away as this: prefill takes the prompts of a lower priority number first, whatever is due.
+# No deadline is as far away as this: of a client's prompts prefill takes those of a lower priority number first.
 PRIORITY_STEP_S = 1e4
 
 
@@ -88,6 +90,7 @@ class Session:
 
     def __init__(self, job: Job, close: Callable[[Session], None], switch: Callable[[Session, bool], None]) -> None:
         self.job = job
+        self.record = current()
         self.request_ids: list[int] = []
         self.num_unfinished = len(job.choices)
         self.num_cached_tokens = 0
@@ -142,7 +145,7 @@ class Session:
                     return
             except Exception:
                 # What is wrong with one answer must not end the conversation with a worker, which everybody shares.
-                log.exception("an answer could not be streamed")
+                log.exception("request %s: its answer could not be streamed", self.record.request_id)
                 event = RequestFailed("internal error")
         self._events.append(event)
         self._has_events.set()
@@ -157,6 +160,7 @@ class Session:
         if id(choice.prompt) not in self._seen_prompts:
             self._seen_prompts.add(id(choice.prompt))
             self.num_cached_tokens += num_cached_tokens
+            self.record.num_cached_tokens += num_cached_tokens
 
     def pause(self) -> None:
         """Stop generating until `go_on`: every choice gives up its workers and what it holds there. Idempotent."""
@@ -189,16 +193,17 @@ class Switchboard:
         self._clock = clock
         self._started_s = clock()
         self._ids = IdSource()
-        self.pace = Pace()
+        self._admission = Admission(config, metrics)
         self.dispatch = Dispatch(self.registry, config.max_placements, config.placement_wait_s, self._ids)
         self._runs: dict[int, ChoiceRun] = {}
         self._readers = Readers(
             self._ids,
             metrics,
-            lambda submission: self._run(self.dispatch.submit(submission, clock())),
+            self._submit_readout,
             lambda request_id: self._run(self.dispatch.cancel(request_id, clock())),
             self._due_s,
             clock,
+            self._admission,
         )
         self._todo: deque[Instruction] = deque()
         self._is_running = False
@@ -220,8 +225,13 @@ class Switchboard:
         """Unfinished choices and readouts."""
         return len(self._runs) + self._readers.num_unread
 
-    def check_capacity(self, num_choices: int = 1, is_readout: bool = False) -> int:
+    def check_capacity(self, num_choices: int = 1, is_readout: bool = False, admitting: Shares | None = None) -> int:
         """Return the context length, or refuse before any work is done. Readouts wait only for each other.
+
+        Args:
+            num_choices: places that the running task's request wants.
+            is_readout: whether these are readouts.
+            admitting: places of requests that are not open yet and count as well.
 
         Raises:
             NotReady: draining, or no worker has registered yet.
@@ -232,26 +242,15 @@ class Switchboard:
         max_model_len = self.max_model_len
         if max_model_len is None:
             raise NotReady("no worker has registered yet: " + ", ".join(self.registry.missing()))
-        if self.num_requests + num_choices > self._config.max_num_requests:
-            self._metrics.shed()
-            raise Overloaded(
-                f"{self.num_requests} requests are unfinished, the limit is {self._config.max_num_requests}",
-                OVERLOAD_RETRY_S,
-            )
-        pace, what = (self._readers.pace, "a readout") if is_readout else (self.pace, "a first token")
-        if (wait_s := pace.wait_s()) > self._config.max_wait_s:
-            self._metrics.shed()
-            raise Overloaded(
-                f"{what} would take some {wait_s:.1f} s, the limit is {self._config.max_wait_s:g} s",
-                wait_s - self._config.max_wait_s,
-            )
+        self._admission.check(current().client, num_choices, is_readout, admitting)
         return max_model_len
 
     def open(self, job: Job, arrived_s: float) -> Session:
         """Submit every choice of a job; the caller must close the session. Raises as `check_capacity` does."""
         self.check_capacity(len(job.choices))
         session = Session(job, self._close, self._switch)
-        now_s = self._clock()
+        client, now_s = session.record.client, self._clock()
+        session.record.opened(job.model, len(job.choices), sum(len(prompt.token_ids) for prompt in job.prompts))
         self.idle.clear()
         for choice in job.choices:
             request_id = self._ids.next()
@@ -266,10 +265,13 @@ class Switchboard:
                 due_s,
                 job.cache_salt,
                 priority=job.priority,
+                client=client,
             )
             self._metrics.accepted(num_tokens)
-            self.pace.begin(request_id, num_tokens, now_s)
-            self._run(self.dispatch.submit(submission, now_s))
+            self._admission.places.take(client)
+            instructions = self.dispatch.submit(submission, now_s)
+            self._admission.pace.begin(request_id, num_tokens, now_s, client, self.dispatch.cost_of(request_id))
+            self._run(instructions)
         return session
 
     def open_readouts(self, queries: Sequence[ReadQuery], cache_salt: str, arrived_s: float) -> ReadSession:
@@ -277,6 +279,13 @@ class Switchboard:
         self.check_capacity(len(queries), is_readout=True)
         self.idle.clear()
         return self._readers.open(queries, cache_salt, arrived_s)
+
+    def _submit_readout(self, submission: Submission) -> None:
+        now_s = self._clock()
+        instructions = self.dispatch.submit(submission, now_s)
+        num_tokens, cost = len(submission.prompt), self.dispatch.cost_of(submission.request_id)
+        self._admission.reading_pace.begin(submission.request_id, num_tokens, now_s, submission.client, cost)
+        self._run(instructions)
 
     def _due_s(self, num_prompt_tokens: int) -> float:
         return self._config.ttft_slo_s + num_prompt_tokens * self._config.ttft_slo_per_token_s
@@ -304,6 +313,7 @@ class Switchboard:
         if isinstance(result, Worker):
             self._channels[key] = channel
             self._metrics.worker_came(result)
+            self._admission.told(self.registry.prefills)
             log.info("%s worker %s registered (%s)", result.role, registration.worker_id, registration.backend)
         return result
 
@@ -332,12 +342,17 @@ class Switchboard:
             case Heartbeat():
                 self._heartbeat(key, message, now_s)
             case Declined():
-                log.debug("%s declined: %s", key.worker_id, message.reason)
+                name, at = self._name_of(message.transfer_id), (message.transfer_id, key.worker_id)
+                log.debug("request %s: placement %d declined by %s: %s", name, *at, message.reason)
                 self._run(self.dispatch.declined(key, message, now_s))
             case Preempted():
                 self._run(self.dispatch.preempted(key, message, now_s))
             case TransferFailed():
-                log.warning("transfer failed, says %s: %s", key.worker_id, message.reason)
+                # What is history by now has failed nobody.
+                name = self._name_of(message.transfer_id)
+                level = logging.WARNING if self.dispatch.request_of(message.transfer_id) else logging.DEBUG
+                on = (message.transfer_id, key.worker_id, message.reason)
+                log.log(level, "request %s: placement %d failed at %s: %s", name, *on)
                 self._run(self.dispatch.transfer_failed(key, message, now_s))
             case Links():
                 self.registry.set_links(key, message.peers)
@@ -356,6 +371,7 @@ class Switchboard:
         if channel is not None:
             channel.abort(reason)
         self._metrics.worker_went(worker)
+        self._admission.told(self.registry.prefills)
         self._run(self.dispatch.worker_lost(key, self._clock()))
         if worker.role is Role.PREFILL:
             self._announce_members()
@@ -404,6 +420,7 @@ class Switchboard:
         self._metrics.heartbeat(worker, self._transport_of(worker))
         if worker.is_draining != was_draining:
             log.info("worker %s is draining", key.worker_id)
+            self._admission.told(self.registry.prefills)
         if self.dispatch.num_waiting:
             self._run(self.dispatch.tick(now_s))
 
@@ -445,13 +462,32 @@ class Switchboard:
                 case Send(key, message):
                     if channel := self._channels.get(key):
                         channel.post(message)
-                case Placed(request_id, _):
-                    if run := self._runs.get(request_id):
-                        run.timeline.placed(self._clock())
+                case Placed() as placed:
+                    self._note_placed(placed)
                 case Read(request_id, readings):
                     self._readers.put(request_id, readings)
                 case Finish() | Fail() | Cancelled() as terminal:
                     self._terminate(terminal)
+
+    def _note_placed(self, placed: Placed) -> None:
+        if run := self._runs.get(placed.request_id):
+            run.timeline.placed(self._clock())
+        else:
+            self._readers.placed(placed.request_id)
+        if record := self._record_of(placed.request_id):
+            record.placed(placed.transfer_id, placed.prefill_id, placed.decode_id)
+            on = (placed.transfer_id, placed.prefill_id, placed.decode_id)
+            log.debug("request %s: placement %d on %s and %s", record.request_id, *on)
+
+    def _name_of(self, transfer_id: int) -> str:
+        """Return what the client calls the request whose present placement this is; empty if it is history."""
+        request_id = self.dispatch.request_of(transfer_id)
+        record = None if request_id is None else self._record_of(request_id)
+        return "" if record is None else record.request_id
+
+    def _record_of(self, request_id: int) -> RequestRecord | None:
+        run = self._runs.get(request_id)
+        return self._readers.record_of(request_id) if run is None else run.session.record
 
     def _terminate(self, terminal: Terminal) -> None:
         """Give an accepted request its terminal record."""
@@ -459,21 +495,28 @@ class Switchboard:
             self._readers.end(terminal)
             return
         run = self._end(terminal.request_id)
+        record = run.session.record
         match terminal:
             case Finish(_, reason):
                 run.timeline.finished(self._clock())
-                finished = run.piece.finish_reason if run.piece else None
-                self._metrics.finished(run.timeline, finished or reason)
+                finished = (run.piece.finish_reason if run.piece else None) or reason
+                self._metrics.finished(run.timeline, finished)
+                record.ended(run.timeline, str(finished))
                 run.session.end_choice()
             case Fail(_, error):
                 self._metrics.failed("not_ready" if isinstance(error, NotReady) else "placements")
+                record.ended(run.timeline, "failed")
+                record.failed(error)
                 run.session.put(error)
             case Cancelled():
                 self._metrics.cancelled()
+                record.ended(run.timeline, "cancelled")
 
     def _end(self, request_id: int) -> ChoiceRun:
-        self.pace.gone(request_id, self._clock())
-        return self._runs.pop(request_id)
+        self._admission.pace.gone(request_id, self._clock())
+        run = self._runs.pop(request_id)
+        self._admission.places.give(run.session.record.client)
+        return run
 
     def _deliver(self, deliver: Deliver) -> list[Instruction]:
         """Give a token to its choice; returns the end of the request where a stop string is complete."""
@@ -484,8 +527,8 @@ class Switchboard:
         timeline, row, first = run.timeline, deliver.row, deliver.first
         self._metrics.token(timeline, timeline.token(now_s))
         if first is not None:
-            self.pace.served(deliver.request_id, now_s)
-            self._metrics.prefilled(timeline, first)
+            self._admission.pace.served(deliver.request_id, now_s)
+            run.session.record.waited(self._metrics.prefilled(timeline, first))
             run.session.note_prefill(run.choice, first.num_cached_tokens)
         piece = run.piece = run.text.feed(row)
         run.session.put((run.choice.index, piece))

@@ -342,6 +342,27 @@ async def test_an_abort_that_overtakes_the_opening_is_remembered(site: Site) -> 
     prefill.side.abort(3, "declined")
     await until(lambda: 3 in decode.failed)
     assert decode.failed[3] == "sender: declined"
+    for stats in (prefill.side.stats, decode.side.stats):
+        assert (stats.num_transfers_failed, stats.num_transfers_cancelled) == (0, 2)
+
+
+@pytest.mark.parametrize("who", ["sender", "receiver"])
+async def test_what_is_called_off_is_no_failure_on_either_side_and_what_breaks_is(site: Site, who: str) -> None:
+    prefill = await site.prefill(num_blocks=80)
+    decode = await site.decode(prefill, num_blocks=80)
+    for transfer_id in (1, 2, 3):
+        prefill.side.open(transfer_id, "d0", [transfer_id])
+        decode.side.open(transfer_id, "p0", [transfer_id], 0)
+    await asyncio.sleep(0.02)
+    for transfer_id in (1, 2):
+        (prefill if who == "sender" else decode).side.abort(transfer_id, "its client left")
+    sides = (prefill.side, decode.side)
+    await until(lambda: all(side.stats.num_transfers_cancelled == 2 for side in sides))
+    assert [side.stats.num_transfers_failed for side in sides] == [0, 0]
+    prefill.side._peers["d0"].endpoint.abort("cable")
+    await until(lambda: all(side.num_open == 0 for side in sides))
+    counts = [(side.stats.num_transfers_failed, side.stats.num_transfers_cancelled) for side in sides]
+    assert counts == [(1, 2), (1, 2)]
 
 
 async def test_a_grant_that_no_prefill_follows_is_given_back(site: Site) -> None:

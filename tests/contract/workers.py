@@ -12,6 +12,7 @@ from kvtransfer.config import TransferConfig
 from kvtransfer.inproc import InprocTransport
 from kvtransfer.receiving import ReceiveSide
 from kvtransfer.sending import SendSide
+from kvtransfer.tombstones import Ending
 from kvtransfer.transport import Endpoint, Identity, Listener, Transport
 from kvtransfer.ucx import UcxTransport
 from protocol.handoff import SendRange
@@ -49,10 +50,10 @@ class PrefillWorker:
         """Where it listens."""
         return self.listener.address
 
-    def on_ended(self, transfer_id: int, reason: str | None) -> None:
+    def on_ended(self, transfer_id: int, ending: Ending | None) -> None:
         """Note one end."""
         assert transfer_id not in self.ended, "a transfer ended twice"
-        self.ended[transfer_id] = reason
+        self.ended[transfer_id] = None if ending is None else ending.reason
 
 
 @dataclass
@@ -70,10 +71,10 @@ class DecodeWorker:
         assert transfer_id not in self.complete and transfer_id not in self.failed
         self.complete[transfer_id] = first_token_id
 
-    def on_failed(self, transfer_id: int, reason: str) -> None:
+    def on_failed(self, transfer_id: int, ending: Ending) -> None:
         """Note one failure."""
         assert transfer_id not in self.complete and transfer_id not in self.failed
-        self.failed[transfer_id] = reason
+        self.failed[transfer_id] = ending.reason
 
     def is_over(self, transfer_id: int) -> bool:
         """Whether one of the two came."""
@@ -131,7 +132,7 @@ class Site:
         config = config or self.config
         memory = (region or self.region)(self.layout, num_blocks, seed=instance)
         worker: PrefillWorker
-        side = SendSide(memory, config, lambda transfer_id, reason: worker.on_ended(transfer_id, reason))
+        side = SendSide(memory, config, lambda transfer_id, ending: worker.on_ended(transfer_id, ending))
         identity = Identity(name, instance, self.layout, side.slot_store)
         listener = await self.transport(config=config).listen(identity, side.serve)
         worker = PrefillWorker(memory, side, listener)

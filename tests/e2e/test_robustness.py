@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -22,6 +23,34 @@ pytestmark = [pytest.mark.e2e, pytest.mark.model, pytest.mark.ucx, pytest.mark.s
 
 CHAT = "/v1/chat/completions"
 HI = [{"role": "user", "content": "hi"}]
+
+
+async def test_only_what_broke_counts_as_a_failed_transfer(disaggregated: Server) -> None:
+    """What ends with its first token, however, and clients that leave: nothing failed, and no line says so."""
+    server, names = disaggregated, ("baton_kv_transfers_failed_total", "baton_kv_transfers_cancelled_total")
+    before, length = [server.total(name) for name in names], len(server.log.read_text())
+    ended: list[dict[str, Any]] = [
+        {"logit_bias": {"2": 100}},
+        {"logit_bias": {"28": 100}, "stop_token_ids": [28]},
+        {"logit_bias": {"28": 100}, "stop": [","]},
+        {"structured_outputs": {"choice": ["a"]}},
+        {"max_tokens": 1},
+    ]
+    async with session() as http:
+        for number, fields in enumerate(ended * 4):
+            body = completion(f"Tell me about number {number}", **{"max_tokens": 9, **fields})
+            answer = await complete(http, server.url, body)
+            assert len(answer["token_ids"]) == 1, (fields, answer)
+        rng = random.Random(17)
+        for _ in range(12):
+            body = completion([rng.randrange(100, 40000) for _ in range(240)], max_tokens=200)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(rng.uniform(0.0, 0.25)):
+                    await complete(http, server.url, body)
+    await asyncio.to_thread(wait_until, lambda: _is_quiet(server), 30.0, "every worker holds nothing")
+    await asyncio.to_thread(wait_until, lambda: server.total(names[1]) > before[1], 5.0, "what was called off counts")
+    assert server.total(names[0]) == before[0]
+    assert "failed" not in server.log.read_text()[length:]
 
 
 def _is_quiet(server: Server) -> bool:

@@ -8,6 +8,7 @@
     rolling      every worker ended by SIGTERM in turn, again and again
     bits         one bit of every piece of KV flipped on its way
     overload     five times the load that the server can carry
+    burst        the first traffic of a server, and of workers that were killed: more than it can take
     soak         short requests, random faults, and what the processes' memory does
 
 Each prints how to run it again, starts one server, prints what it sees, writes it with --json, and ends with exit code
@@ -31,7 +32,7 @@ from typing import Any
 import aiohttp
 
 from tests.e2e.server import Server, serving
-from tests.faults import bits, campaign, disconnects, everything, overload, rolling, soak, trials
+from tests.faults import bits, burst, campaign, disconnects, everything, overload, rolling, soak, trials
 from tests.faults.ledger import Ledger, Request
 from tests.faults.load import Oracles, bound, draw_pool, percentile
 from tests.faults.mutated import mutations
@@ -40,7 +41,7 @@ from tests.faults.phases import PHASES, Cluster, PhaseKills
 Result = tuple[Any, str, bool]
 """What is written as JSON, what is printed, whether anything was wrong."""
 
-COMMANDS = ("trials", "rounds", "phases", "disconnects", "rolling", "bits", "overload", "soak")
+COMMANDS = ("trials", "rounds", "phases", "disconnects", "rolling", "bits", "overload", "burst", "soak")
 # A pool of which every block has been written soon: its first touch is no leak.
 SMALL_POOL = {"disconnects": 600, "soak": 256}
 SESSION_BUDGET = aiohttp.ClientTimeout(total=240.0)
@@ -129,6 +130,14 @@ class Run:
         report = await overload.run(self.cluster, self.ledger, self.args.seed, self.args.seconds, tell)
         return asdict(report), report.summary(), bool(report.faults)
 
+    async def burst(self) -> Result:
+        """The first traffic of a server."""
+        wait_s = burst.MAX_WAIT_S
+        report = await burst.run(
+            self.cluster, self.ledger, self.server.url, self.args.seed, self.args.number, wait_s, tell
+        )
+        return asdict(report), report.summary(), bool(report.faults)
+
     async def soak(self) -> Result:
         """Short requests and random faults."""
         oracles = await self.oracles((8, 48))
@@ -158,6 +167,7 @@ def parser() -> argparse.ArgumentParser:
         "rounds": (3, 2),
         "phases": (2, 3),
         "overload": (1, 1),
+        "burst": (1, 1),
     }
     for name in COMMANDS:
         one = commands.add_parser(name)
@@ -194,6 +204,7 @@ def parser() -> argparse.ArgumentParser:
     choices["overload"].add_argument("--seconds", type=float, default=120.0, help="of overload (120)")
     for name, number in (("disconnects", 1000), ("rolling", 200), ("bits", 1000), ("soak", 1000)):
         choices[name].add_argument("number", nargs="?", type=int, default=number, help=f"requests ({number})")
+    choices["burst"].add_argument("number", nargs="?", type=int, default=4, help="bursts (4)")
     everything.add_arguments(commands.add_parser("all", help="every campaign, scaled by --trials"))
     return top
 
@@ -225,6 +236,8 @@ def perform(words: Sequence[str]) -> tuple[str, bool]:
     more = [f"--{option}" for option in args.serve]
     if args.command == "overload" and not any(option.startswith("max-wait-s") for option in args.serve):
         more.append(f"--max-wait-s={overload.MAX_WAIT_S}")
+    if args.command == "burst":
+        more.append(f"--max-wait-s={burst.MAX_WAIT_S}")
     if args.command in SMALL_POOL and not any(option.startswith("num-kv-blocks") for option in args.serve):
         more.append(f"--num-kv-blocks={SMALL_POOL[args.command]}")
     options = ("--decode", str(args.decode), "--prefill", str(args.prefill), *more)

@@ -21,6 +21,7 @@ LONGEST_OVERLOAD_S, SHORTEST_OVERLOAD_S = 120.0, 10.0
 OVERLOAD_S_PER_TRIAL = 0.12
 # Distinct requests; each is asked once in peace.
 FEWEST_IN_POOL, MOST_IN_POOL = 12, 60
+MOST_BURSTS = 20
 WITH_POOL = frozenset({"rounds", "rolling", "soak"})
 Perform = Callable[[Sequence[str]], tuple[str, bool]]
 """Runs a campaign by its command line; returns its summary and whether anything was wrong."""
@@ -56,6 +57,7 @@ def plan(num_trials: int) -> list[tuple[str, list[str]]]:
         ("rolling", ["rolling", str(share(1.0))]),
         ("bits", ["bits", str(share(1.0))]),
         ("overload", ["overload", "--seconds", f"{overload_s:g}"]),
+        ("burst", ["burst", str(min(MOST_BURSTS, share(0.1)))]),
         ("soak", ["soak", str(share(10.0))]),
     ]
 

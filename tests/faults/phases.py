@@ -243,12 +243,13 @@ class PhaseKills:
         self._block_bytes = bytes_ / blocks
 
     async def _moved(self) -> tuple[int, int, int]:
-        """Return bytes received, blocks landed and transfers failed, of all decode workers by now."""
+        """Return bytes received, blocks landed and transfers broken or called off, of all decode workers by now."""
         found = await self._cluster.heard_from_all(time.monotonic())
-        names = ("num_bytes_transferred", "num_blocks_transferred", "num_transfers_failed")
+        # The router may call off what its worker's death broke before the decode worker has noticed it.
+        names = ("num_bytes_transferred", "num_blocks_transferred", "num_transfers_failed", "num_transfers_cancelled")
         decodes = [worker for worker in found if worker["role"] == "decode"]
-        bytes_, blocks, failed = (sum(int(worker[name]) for worker in decodes) for name in names)
-        return bytes_, blocks, failed
+        bytes_, blocks, failed, cancelled = (sum(int(worker[name]) for worker in decodes) for name in names)
+        return bytes_, blocks, failed + cancelled
 
     async def _trial(self, aimed: str, dice: random.Random) -> tuple[str | None, list[str]]:
         faults = await self._ready()

@@ -14,7 +14,7 @@ from kvtransfer.config import TransferConfig
 from kvtransfer.pieces import cut, require_slot_holds_layer
 from kvtransfer.sending import SendSide
 from kvtransfer.slots import Slots
-from kvtransfer.tombstones import Tombstones
+from kvtransfer.tombstones import Ending, Tombstones
 from kvtransfer.transport import Completion
 from protocol.errors import ConfigError, TransferError
 from protocol.handoff import SendRange
@@ -81,17 +81,18 @@ def test_slots_are_lent_and_resized() -> None:
     assert (slots.num_free, slots.num_total) == (0, 1)
 
 
-async def test_tombstones_keep_the_first_reason_and_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_tombstones_keep_the_first_ending_and_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tombstones, "MAX_TOMBSTONES", 3)
     gone = Tombstones(0.05)
-    gone.add(1, "first")
-    gone.add(1, "second")
-    assert gone.reason(1) == "first" and gone.reason(2) is None and 1 in gone
+    first = Ending("first", is_failure=False)
+    gone.add(1, first)
+    gone.add(1, Ending("second"))
+    assert gone.ending(1) == first and gone.ending(2) is None and 1 in gone
     for transfer_id in range(2, 5):
-        gone.add(transfer_id, "")
+        gone.add(transfer_id, Ending(""))
     assert 1 not in gone and len(gone) == 3
     await asyncio.sleep(0.06)
-    gone.add(9, "")
+    gone.add(9, Ending(""))
     gone.expire()
     assert len(gone) == 1 and 9 in gone
 

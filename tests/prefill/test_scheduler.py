@@ -19,7 +19,15 @@ ROOT = root_hash("model")
 
 
 def _job(
-    transfer_id: int, num_tokens: int, *, deadline_s: float = 1.0, receiver: str | None = "d0", first_token: int = 0
+    transfer_id: int,
+    num_tokens: int,
+    *,
+    deadline_s: float = 1.0,
+    receiver: str | None = "d0",
+    first_token: int = 0,
+    client: str = "",
+    weight: int = 1,
+    rank: int = 0,
 ) -> PrefillJob:
     tokens = [first_token + i for i in range(num_tokens)]
     sequence = Sequence(
@@ -32,7 +40,7 @@ def _job(
         root=ROOT,
         names=block_hashes(tokens, BLOCK, ROOT),
     )
-    return PrefillJob(sequence, receiver, 0.0, deadline_s)
+    return PrefillJob(sequence, receiver, 0.0, deadline_s, client, weight, rank)
 
 
 def _scheduler(num_blocks: int = 100, chunk_tokens: int = 16) -> tuple[PrefillScheduler, BlockPool]:
@@ -71,6 +79,47 @@ def test_an_overdue_long_prompt_still_leaves_half_of_each_step() -> None:
     scheduler.submit(_job(1, 60, deadline_s=-5.0))
     scheduler.submit(_job(2, 8, deadline_s=1.0, first_token=500))
     assert _plan(scheduler.schedule(0.0)) == {1: (0, 8, False), 2: (0, 8, True)}
+
+
+def test_a_late_client_is_not_behind_anothers_backlog_whatever_is_due() -> None:
+    scheduler, _ = _scheduler(num_blocks=1000)
+    for number in range(20):
+        scheduler.submit(_job(number, 40, deadline_s=number - 50.0, first_token=1000 * number, client="flood"))
+    for _ in range(5):
+        _compute(scheduler, scheduler.schedule(0.0))
+    scheduler.submit(_job(90, 20, deadline_s=99.0, first_token=90_000, client="small"))
+    steps = 0
+    while (job := scheduler.get(90)) is not None and job.num_left:
+        _compute(scheduler, scheduler.schedule(0.0))
+        steps += 1
+    assert steps == 3, "half of every step is its own"
+
+
+def test_a_lower_rank_goes_first_whoever_has_had_what() -> None:
+    scheduler, _ = _scheduler()
+    scheduler.submit(_job(1, 40, client="a"))
+    scheduler.submit(_job(2, 40, first_token=500, client="b", rank=7))
+    scheduler.submit(_job(3, 40, first_token=900, client="a", rank=-1))
+    assert list(_plan(scheduler.schedule(0.0))) == [3, 1]
+
+
+@pytest.mark.parametrize("weight", [1, 3])
+def test_backlogged_clients_share_every_stretch_by_weight(weight: int) -> None:
+    rng, served = random.Random(weight), defaultdict[str, int](int)
+    scheduler, _ = _scheduler(num_blocks=4000, chunk_tokens=64)
+    owner = {}
+    for number in range(120):
+        owner[number] = name = "ab"[number % 2]
+        length = rng.randint(5, 60) if name == "a" else rng.randint(60, 200)
+        share = weight if name == "b" else 1
+        scheduler.submit(_job(number, length, receiver=None, first_token=1000 * number, client=name, weight=share))
+    for _ in range(20):
+        items = scheduler.schedule(0.0)
+        assert sum(item.num_tokens for item in items) == 64, "it is work conserving"
+        for item in items:
+            served[owner[item.sequence.transfer_id]] += item.num_tokens
+        _compute(scheduler, items)
+        assert abs(served["a"] - served["b"] / weight) <= 64
 
 
 def test_a_prompt_sharing_blocks_in_progress_waits_and_then_finds_them_cached() -> None:

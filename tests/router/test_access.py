@@ -13,7 +13,7 @@ import pytest
 
 from protocol.errors import ConfigError, Unauthorized
 from protocol.wire import Prefill
-from router.access import Access
+from router.access import Access, Client
 from router.tokenizer import Tokenizer
 from tests.router.workers import CHAT, HI, LENGTH, Stage, answer, config, staged
 
@@ -50,6 +50,42 @@ def test_a_key_is_needed_and_names_its_tenant(tmp_path: Path) -> None:
     for given in (None, "", "k1", "Bearer", "Bearer ", "Bearer k", "Bearer k1 k2", "Basic k1", "Bearer \udcff"):
         with pytest.raises(Unauthorized):
             access.tenant_of(given)
+
+
+def test_a_line_of_the_file_may_grant_a_priority_and_a_weight(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("k1 alice priority=-5 weight=3\nk2 bob\nk3 weight=2\nk4 alice weight=3\n")
+    access = Access((), (str(file),), Clock())
+    found = [access.client_of(f"Bearer k{n}", "10.0.0.1") for n in range(1, 5)]
+    assert found == [
+        Client("alice", "alice", 3, -5),
+        Client("bob", "bob"),
+        Client("", "", 2),
+        Client("alice", "alice", 3),
+    ]
+    for given, ranks in ((found[0], [-5, -5, 0, 9]), (found[1], [0, 0, 0, 9])):
+        assert [given.rank(priority) for priority in (-(1 << 31), -5, 0, 9)] == ranks
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["k a weight=0", "k a weight=1001", "k weight=1 a", "k a priority=x", "k a b=1", "k a priority=-3000000000"]
+    + ["k a weight=1 weight=2", "k a weight=1\nk2 a weight=2", "k a=b"],
+)
+def test_a_grant_that_cannot_be_meant_is_refused_without_the_key(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "keys"
+    file.write_text(line.replace("k ", "very-secret "))
+    with pytest.raises(ConfigError, match="api-key-file") as raised:
+        Access((), (str(file),), Clock())
+    assert "very-secret" not in str(raised.value)
+
+
+def test_without_keys_a_client_is_an_address_or_a_network(tmp_path: Path) -> None:
+    access = Access((), (), Clock())
+    addresses = ["10.0.0.1", "::ffff:10.0.0.1", "2001:db8::1", "2001:db8::ffff:2", "fe80::1%eth0", "", None, "@x"]
+    names = [access.client_of(None, address).name for address in addresses]
+    assert names == ["10.0.0.1"] * 2 + ["2001:db8::/64"] * 2 + ["fe80::/64"] + [""] * 3
+    assert {access.client_of(None, address).tenant for address in addresses} == {""}
 
 
 def test_no_salt_reaches_another_tenant() -> None:

@@ -49,7 +49,7 @@ def test_reserve_and_prefill_leave_together() -> None:
     d = dispatch(cluster())
     out = d.submit(submission(1), 0.25)
     assert sent(out) == [("Reserve", "d0"), ("Prefill", "p0")]
-    assert [i for i in out if isinstance(i, Placed)] == [Placed(1, 0)]
+    assert [i for i in out if isinstance(i, Placed)] == [Placed(1, 0, reserve(out).transfer_id, "p0", "d0")]
     r, p = reserve(out), prefill(out)
     assert r.transfer_id == p.transfer_id and r.epoch == p.epoch == 0 and r.emitted == ()
     assert (r.prefill_worker_id, p.decode_worker_id) == ("p0", "d0")

@@ -60,7 +60,7 @@ def test_a_readout_goes_to_a_prefill_worker_alone_and_ends_with_its_readings() -
     d = dispatch()
     out = d.submit(readout(1), 0)
     message = placed(out)
-    assert message.readout == LABELS and Placed(1, 0) in out
+    assert message.readout == LABELS and Placed(1, 0, message.transfer_id, "p0", None) in out
     out = d.readings(key("p0"), readings(message.transfer_id, -0.1, -3.0), 1)
     assert [type(i) for i in out] == [Read, Finish], "no abort: the worker holds nothing any more"
     assert d.num_running == d.num_waiting == 0
@@ -199,11 +199,11 @@ def _question(name: str) -> dict[str, Any]:
     return {"type": "score", "name": name, "instructions": name, "levels": [{"label": "low"}, {"label": "high"}]}
 
 
-def _body(num_questions: int) -> dict[str, Any]:
+def body_of(num_questions: int) -> dict[str, Any]:
     return {"model": "m", "input": "state", "questions": [_question(f"q{i}") for i in range(num_questions)]}
 
 
-async def _read(prefill: ScriptedWorker, *labels: float) -> Prefill:
+async def read_next(prefill: ScriptedWorker, *labels: float) -> Prefill:
     """Answer the next readout."""
     message = await prefill.hear(Prefill)
     prefill.say(readings(message.transfer_id, *labels))
@@ -217,7 +217,7 @@ def _num_open(stage: Stage) -> int:
 async def test_a_window_of_questions_is_out_and_answers_come_in_their_order(tokenizer: Tokenizer) -> None:
     async with staged(tokenizer) as stage:
         prefill, decode = await stage.pair(max_model_len=4000, max_num_seqs=256, num_blocks=1000)
-        asking = asyncio.create_task(stage.post("/v1/decisions", _body(50)))
+        asking = asyncio.create_task(stage.post("/v1/decisions", body_of(50)))
         await stage.until(lambda: sum(isinstance(m, Prefill) for m in prefill.received) == WINDOW)
         assert _num_open(stage) == 50, "admission counts all of them"
         placements = [m for m in prefill.received if isinstance(m, Prefill)]
@@ -225,7 +225,7 @@ async def test_a_window_of_questions_is_out_and_answers_come_in_their_order(toke
         for place, message in reversed(list(enumerate(placements))):
             prefill.say(readings(message.transfer_id, math.log(0.9), math.log((place + 1) / 1000)))
         for place in range(WINDOW, 50):
-            await _read(prefill, math.log(0.9), math.log((place + 1) / 1000))
+            await read_next(prefill, math.log(0.9), math.log((place + 1) / 1000))
         status, answer, _ = await asking
         assert status == 200 and [a["name"] for a in answer["answers"]] == [f"q{i}" for i in range(50)]
         found = [a["probabilities"][1]["probability"] for a in answer["answers"]]
@@ -240,7 +240,7 @@ async def test_a_window_of_questions_is_out_and_answers_come_in_their_order(toke
 async def test_a_client_that_leaves_takes_all_its_questions_with_it(tokenizer: Tokenizer) -> None:
     async with staged(tokenizer) as stage:
         prefill, _ = await stage.pair(max_model_len=4000, max_num_seqs=256, num_blocks=1000)
-        asking = asyncio.create_task(stage.post("/v1/decisions", _body(40)))
+        asking = asyncio.create_task(stage.post("/v1/decisions", body_of(40)))
         await stage.until(lambda: sum(isinstance(m, Prefill) for m in prefill.received) == WINDOW)
         asking.cancel()
         await stage.until(lambda: sum(isinstance(m, Abort) for m in prefill.received) == WINDOW)
@@ -251,10 +251,10 @@ async def test_questions_of_a_lost_worker_are_asked_again(tokenizer: Tokenizer) 
     async with staged(tokenizer) as stage:
         prefill, _ = await stage.pair(max_model_len=4000, num_blocks=1000)
         other = await stage.worker("p1", max_model_len=4000, num_blocks=1000)
-        asking = asyncio.create_task(stage.post("/v1/decisions", _body(2)))
+        asking = asyncio.create_task(stage.post("/v1/decisions", body_of(2)))
         lost = await prefill.hear(Prefill)
         await prefill.close()
-        seen = [await _read(other, -1.0, -1.0) for _ in range(2)]
+        seen = [await read_next(other, -1.0, -1.0) for _ in range(2)]
         assert lost.request_id in {m.request_id for m in seen}
         status, answer, _ = await asking
         assert status == 200 and answer["answers"][0]["score"] == pytest.approx(0.5)
@@ -263,8 +263,8 @@ async def test_questions_of_a_lost_worker_are_asked_again(tokenizer: Tokenizer) 
 async def test_one_question_that_fails_fails_the_request_and_cancels_the_others(tokenizer: Tokenizer) -> None:
     async with staged(tokenizer, max_placements=1) as stage:
         prefill, _ = await stage.pair(max_model_len=4000, max_num_seqs=256, num_blocks=1000)
-        asking = asyncio.create_task(stage.post("/v1/decisions", _body(3)))
-        await _read(prefill, -1.0)  # two labels were asked for
+        asking = asyncio.create_task(stage.post("/v1/decisions", body_of(3)))
+        await read_next(prefill, -1.0)  # two labels were asked for
         status, answer, _ = await asking
         assert status == 500 and "not asked for" in answer["error"]["message"]
         await stage.until(lambda: sum(isinstance(m, Abort) for m in prefill.received) == 2)
@@ -274,7 +274,7 @@ async def test_one_question_that_fails_fails_the_request_and_cancels_the_others(
 async def test_more_questions_than_the_limit_are_shed_before_any_work(tokenizer: Tokenizer) -> None:
     async with staged(tokenizer, max_num_requests=10) as stage:
         prefill, _ = await stage.pair(max_model_len=4000)
-        status, answer, headers = await stage.post("/v1/decisions", _body(11))
+        status, answer, headers = await stage.post("/v1/decisions", body_of(11))
         assert status == 429 and int(headers["Retry-After"]) >= 1, answer
         assert not prefill.heard(Prefill) and _num_open(stage) == 0
 
@@ -314,7 +314,7 @@ async def test_what_is_wrong_is_named_with_its_field(tokenizer: Tokenizer) -> No
     async with staged(tokenizer) as stage:
         prefill, _ = await stage.pair(max_model_len=4000)
         for path, fields, param in BAD:
-            base = _body(1) if path == "/v1/decisions" else {"model": "m"}
+            base = body_of(1) if path == "/v1/decisions" else {"model": "m"}
             status, answer, _ = await stage.post(path, {**base, **fields})
             error = answer["error"]
             assert status in (400, 404) and error["param"] == param, (fields, answer)
@@ -332,8 +332,8 @@ async def test_a_conversation_with_calls_becomes_the_state(tokenizer: Tokenizer)
     ]
     async with staged(tokenizer) as stage:
         prefill, _ = await stage.pair(max_model_len=4000, num_blocks=1000)
-        asking = asyncio.create_task(stage.post("/v1/decisions", {**_body(1), "input": items}))
-        message = await _read(prefill, -1.0, -2.0)
+        asking = asyncio.create_task(stage.post("/v1/decisions", {**body_of(1), "input": items}))
+        message = await read_next(prefill, -1.0, -2.0)
         assert (await asking)[0] == 200
         text = tokenizer.decode(message.prompt, skip_special=False)
         said = (

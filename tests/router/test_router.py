@@ -252,14 +252,18 @@ async def test_failing_in_the_stream_is_an_error_event(tokenizer: Tokenizer) -> 
 async def test_a_newcomer_who_would_wait_too_long_is_shed(tokenizer: Tokenizer) -> None:
     async with staged(tokenizer, max_wait_s=0.5) as stage:
         prefill, decode = await stage.pair()
-        slow = asyncio.create_task(stage.post(CHAT, {**HI, "max_tokens": 1}))
+
+        def ask(letter: str) -> Any:
+            return stage.post("/v1/completions", {"model": "m", "prompt": 40 * letter, "max_tokens": 1})
+
+        slow = asyncio.create_task(ask("x"))
         await asyncio.sleep(0.7)
         await prefill.first(byte_id("a"), LENGTH)
         assert (await slow)[0] == 200
         # The pace is one such request in 0.7 s: who comes alone is not made to wait for anyone.
-        waiting = asyncio.create_task(stage.post(CHAT, {**HI, "max_tokens": 1}))
+        waiting = asyncio.create_task(ask("y"))
         await prefill.hear(Prefill)
-        status, body, headers = await stage.post(CHAT, HI)
+        status, body, headers = await ask("z")
         assert (status, body["error"]["type"], headers["Retry-After"]) == (429, "rate_limit_error", "1")
         assert "the limit is 0.5 s" in body["error"]["message"]
         waiting.cancel()
