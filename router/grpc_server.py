@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import secrets
 import time
 from contextlib import suppress
@@ -53,7 +54,7 @@ from router.intake import Job
 from router.prompt_logprobs import read_prompts
 from router.rpc import baton_v1_pb2 as pb
 from router.rpc import baton_v1_pb2_grpc as rpc
-from router.switchboard import OVERLOAD_RETRY_S, Session
+from router.switchboard import Session
 from router.text import Piece
 
 log = logging.getLogger(__name__)
@@ -321,10 +322,9 @@ async def _refuse(context: Any, error: RequestRejected | RequestFailed) -> None:
     if isinstance(error, RequestRejected) and error.param:
         trailing.append(("baton-field", error.param))
     if isinstance(error, Overloaded | NotReady):
-        retry_s = error.retry_after_s if isinstance(error, Overloaded) else OVERLOAD_RETRY_S
         # The name that gRPC's own retry policies obey.
-        trailing.append(("grpc-retry-pushback-ms", str(max(1, round(retry_s * 1000)))))
-        trailing.append(("retry-after", str(max(1, round(retry_s)))))
+        trailing.append(("grpc-retry-pushback-ms", str(max(1, round(error.retry_after_s * 1000)))))
+        trailing.append(("retry-after", str(max(1, math.ceil(error.retry_after_s)))))
     with suppress(TimeoutError):
         async with asyncio.timeout(GIVE_UP_S):
             await context.abort(code, str(error), tuple(trailing))

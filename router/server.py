@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import importlib.metadata
 import logging
+import math
 import secrets
 import time
 from collections.abc import Awaitable, Callable
@@ -53,7 +54,7 @@ from router.responses import (
 )
 from router.resumption import Claim, KeptStreams, asks_to_resume, claim_of
 from router.shape import Shape
-from router.switchboard import OVERLOAD_RETRY_S, Session, Switchboard
+from router.switchboard import Session, Switchboard
 from router.text import Piece
 
 log = logging.getLogger(__name__)
@@ -344,8 +345,7 @@ async def errors_in_openai_shape(request: web.Request, handler: Handler) -> web.
     except (RequestRejected, RequestFailed) as error:
         response = _json(encode_json(body_of_error(error)), error.status)
         if isinstance(error, Overloaded | NotReady):
-            retry_s = error.retry_after_s if isinstance(error, Overloaded) else OVERLOAD_RETRY_S
-            response.headers["Retry-After"] = str(max(1, round(retry_s)))
+            response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
         if isinstance(error, Unauthorized):
             response.headers["WWW-Authenticate"] = "Bearer"
         return response
