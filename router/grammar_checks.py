@@ -8,8 +8,8 @@
 
 1. Nothing of it runs on the event loop or in this process: a grammar may crash its child, hang it or eat its memory.
 2. There are at most `NUM_CHILDREN`; who waits too long for one is told to come back (429).
-3. Verdicts are kept by a digest of the grammar, so that a hostile one costs its budget once. Only the child's own end is
-   one: what it wrote, or how its own limits ended it. Who else ended it (an operator, a machine without memory) has
+3. Verdicts are kept by a digest of the grammar, so that a hostile one costs its budget once. Only the child's own end
+   is one: what it wrote, or how its own limits ended it. Who else ended it (an operator, a machine short of memory) has
    said nothing of the grammar: the client is told that it was our fault, and one that keeps losing its children is
    tried less and less often.
 4. Where no child can be started nothing is said of any grammar either, and the next start waits a little.
