@@ -77,11 +77,14 @@ class NamedToolChoice(msgspec.Struct, frozen=True, kw_only=True):
 ToolChoice = Literal["none", "auto", "required"] | NamedToolChoice
 
 
+WrittenArguments = Annotated[str, Meta(max_length=1 << 20)] | dict[str, Any] | list[Any] | None
+
+
 class CalledFunction(msgspec.Struct, frozen=True, kw_only=True):
-    """What was called, and with which arguments: an object written as JSON."""
+    """What was called, and with which arguments: an object written as JSON, or whatever else the model made of it."""
 
     name: FunctionName
-    arguments: Annotated[str, Meta(max_length=1 << 20)]
+    arguments: WrittenArguments = None
 
 
 class ToolCallMessage(msgspec.Struct, frozen=True, kw_only=True):
@@ -178,20 +181,20 @@ def tool_use(
     return ToolUse(named, is_forced=True, is_parallel=False)
 
 
-def arguments_of(call: CalledFunction, where: str) -> dict[str, Any]:
-    """Return the arguments of a past call.
+def arguments_of(call: CalledFunction) -> Any:
+    """Return the arguments of a past call: an object if they are one; what is no JSON, or too deep, as its text.
 
-    Raises:
-        InvalidRequest: they are no JSON object.
+    The model made them and its client hands them back, so that they are nothing to be refused.
     """
+    written = call.arguments
+    if not isinstance(written, str):
+        written = msgspec.json.encode(written or {}).decode()
     try:
-        found = msgspec.json.decode(call.arguments or "{}")
-    except (msgspec.DecodeError, RecursionError, UnicodeEncodeError) as error:
-        raise InvalidRequest(f"{where}.function.arguments: not valid JSON: {error}", "messages") from error
-    if not isinstance(found, dict):
-        raise InvalidRequest(f"{where}.function.arguments: must be a JSON object", "messages")
-    check_depth(found, f"{where}.function.arguments", "messages")
-    return found
+        found = msgspec.json.decode(written or "{}")
+        check_depth(found, "arguments", "messages")
+    except (msgspec.DecodeError, RecursionError, UnicodeEncodeError, InvalidRequest):
+        return written
+    return {} if found is None else found
 
 
 def check_depth(value: Any, name: str, param: str, max_depth: int = MAX_DEPTH) -> None:
@@ -243,8 +246,10 @@ def _with_system(messages: list[dict[str, Any]], text: str) -> list[dict[str, An
 
 
 def _written(function: dict[str, Any]) -> str:
-    call = json.dumps({"name": function["name"], "arguments": function["arguments"]}, ensure_ascii=False)
-    return f"<tool_call>\n{call}\n</tool_call>"
+    arguments = function["arguments"]
+    told = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    name = json.dumps(function["name"])
+    return f'<tool_call>\n{{"name": {name}, "arguments": {told}}}\n</tool_call>'
 
 
 def _functions(tools: Sequence[ToolDefinition]) -> tuple[FunctionDefinition, ...]:

@@ -57,7 +57,7 @@ VALID: dict[str, dict[str, Any]] = {
         "top_logprobs": 2,
         "tools": [TOOL],
         "tool_choice": "auto",
-        "stream_options": {"include_usage": True},
+        "stream_options": None,
         "response_format": {"type": "text"},
         "chat_template_kwargs": {"x": 1},
     },

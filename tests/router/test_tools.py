@@ -84,6 +84,37 @@ def test_a_template_that_knows_tools_is_given_them(tmp_path: Path) -> None:
     assert "<|start|>assistant: [look x][look ]<|stop|><|start|>tool: seen<|stop|>" in text
 
 
+# What a model once made of its arguments, and how it is told again.
+MALFORMED: list[tuple[Any, str]] = [
+    ('{"at": "x"', '{"at": "x"'),
+    ("x, please", "x, please"),
+    ("[1, 2]", "[1, 2]"),
+    ("5", "5"),
+    ("", "{}"),
+    ("null", "{}"),
+    (None, "{}"),
+    ([1], "[1]"),
+    ({"at": 0.5}, '{"at": 0.5}'),
+    ("[" * 100 + "]" * 100, "[" * 100 + "]" * 100),
+    ('{"a": 1e999}', '{"a": 1e999}'),
+    ('"\\ud800"', '"\\ud800"'),
+]
+
+
+@pytest.mark.parametrize(("arguments", "told"), MALFORMED)
+def test_malformed_arguments_of_the_past_are_told_as_they_are(
+    tokenizer: Tokenizer, tmp_path: Path, arguments: Any, told: str
+) -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "look", "arguments": arguments}}
+    messages = [*HI, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    assert f'<tool_call>\n{{"name": "look", "arguments": {told}}}\n</tool_call>' in prompt(tokenizer, messages=messages)
+    for template in (KNOWING, KNOWING.replace("c.function.arguments.at", "c.function.arguments | items | list")):
+        knowing = Tokenizer(byte_level_gguf(tmp_path / "knowing.gguf", chat_template=template))
+        assert "<|start|>assistant: [look " in prompt(knowing, messages=messages, tools=[TOOL])
+    del call["function"]["arguments"]  # type: ignore[attr-defined]
+    assert '"arguments": {}}' in prompt(tokenizer, messages=messages)
+
+
 def test_the_last_message_is_continued(tokenizer: Tokenizer) -> None:
     messages = [*HI, {"role": "assistant", "content": "The answer is"}]
     assert prompt(tokenizer, messages=messages, continue_final_message=True).endswith("assistant: The answer is")
@@ -106,9 +137,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"messages": [{"role": "tool", "content": "x"}]}, "messages"),
     ({"messages": [{**CALLING, "role": "user", "content": "x"}]}, "messages"),
     ({"messages": [{"role": "assistant", "tool_calls": [
-        {"id": "1", "type": "function", "function": {"name": "a", "arguments": "[1]"}}]}]}, "messages"),
-    ({"messages": [{"role": "assistant", "tool_calls": [
-        {"id": "1", "type": "function", "function": {"name": "a", "arguments": "{"}}]}]}, "messages"),
+        {"id": "1", "type": "function", "function": {"name": "a", "arguments": 5}}]}]}, "messages"),
     ({"messages": [*HI, {"role": "assistant", "content": None}], "continue_final_message": True}, "messages"),
 ]  # fmt: skip
 
