@@ -15,6 +15,7 @@ import msgspec
 
 from protocol.errors import InvalidRequest
 from protocol.request import TokenLogprobs
+from router import exact_json
 from router.api import ChatRequest, CompletionRequest
 from router.call_shapes import ends_in_calls, new_call_id, parser_for
 from router.intake import Job, PromptTokens
@@ -134,7 +135,7 @@ def _structured_outputs(asked: pb.StructuredOutputs) -> dict[str, Any]:
 
 def _json(text: str, field: str) -> Any:
     try:
-        return msgspec.json.decode(text)
+        return exact_json.decoder(Any).decode(text)
     except (msgspec.MsgspecError, RecursionError) as error:
         raise InvalidRequest(f"{field}: not valid JSON: {error}", field) from error
 

@@ -230,7 +230,7 @@ def _text_parts(content: str | Iterable[InputPart] | None, where: str) -> str | 
 def _response_format(form: TextFormat) -> ResponseFormat:
     """Return the form of the text as chat has it: there a schema lies one level deeper."""
     if form.type != "json_schema":
-        return ResponseFormat(type=form.type)
+        return ResponseFormat(type=form.type, schema=form.schema)
     if form.schema is None:
         raise InvalidRequest("text.format.schema: this field is required", "text")
     schema = JsonSchemaFormat(name=form.name or "response", schema=form.schema, strict=form.strict)

@@ -19,6 +19,8 @@ from msgspec import Meta
 
 from protocol.errors import InvalidRequest
 from protocol.request import MAX_GRAMMAR_BYTES, Grammar, GrammarKind
+from router import exact_json
+from router.schema_document import Document
 
 MAX_TOOLS: Final = 128
 MAX_DEPTH: Final = 64
@@ -28,8 +30,6 @@ FunctionName = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za
 # Of calls in one forced answer: a small model might never end the list.
 MAX_CALLS: Final = 16
 _NO_ARGUMENTS: Final[dict[str, Any]] = {"type": "object", "properties": {}, "additionalProperties": False}
-# What stands under these names in a schema is data, whatever it looks like.
-_PLAIN_DATA: Final = frozenset({"const", "enum", "default", "examples"})
 
 _PROMPT: Final = """You may call one or more functions to help with the user's request.
 
@@ -122,12 +122,12 @@ class ToolUse:
         """Return what the answer must obey: a list of objects with name and arguments; None if it is free.
 
         Raises:
-            InvalidRequest: the schemas are too large.
+            InvalidRequest: the schemas are too large, or refer to what is not in them.
         """
         if not self.is_forced:
             return None
-        text = json.dumps(self._schema(), ensure_ascii=False)
-        if len(text.encode("utf-8", "replace")) > MAX_GRAMMAR_BYTES:
+        text = exact_json.encode(self._schema()).decode()
+        if len(text.encode()) > MAX_GRAMMAR_BYTES:
             raise InvalidRequest(f"tools: their schemas take more than {MAX_GRAMMAR_BYTES} bytes", "tools")
         return Grammar(kind=GrammarKind.JSON_SCHEMA, text=text)
 
@@ -137,7 +137,8 @@ class ToolUse:
         for i, function in enumerate(self.functions):
             # The whole schema lies under a name of its own, and what it refers to in itself is found there.
             name = f"arguments_{i}"
-            definitions[name] = {"type": "object", **_moved(function.parameters or _NO_ARGUMENTS, f"#/$defs/{name}")}
+            document = Document(function.parameters or _NO_ARGUMENTS, "tools")
+            definitions[name] = {"type": "object", **document.moved(f"#/$defs/{name}")}
             properties = {"name": {"const": function.name}, "arguments": {"$ref": f"#/$defs/{name}"}}
             calls.append(
                 {
@@ -188,7 +189,7 @@ def arguments_of(call: CalledFunction) -> Any:
     """
     written = call.arguments
     if not isinstance(written, str):
-        written = msgspec.json.encode(written or {}).decode()
+        written = exact_json.encode(written or {}).decode()
     try:
         found = msgspec.json.decode(written or "{}")
         check_depth(found, "arguments", "messages")
@@ -274,27 +275,8 @@ def _plain(function: FunctionDefinition) -> dict[str, Any]:
     plain: dict[str, Any] = {"name": function.name}
     if function.description is not None:
         plain["description"] = function.description
-    plain["parameters"] = _arguments_schema(function)
+    plain["parameters"] = exact_json.as_doubles(function.parameters or {"type": "object", "properties": {}})
     return plain
-
-
-def _arguments_schema(function: FunctionDefinition) -> dict[str, Any]:
-    return function.parameters or {"type": "object", "properties": {}}
-
-
-def _moved(schema: Any, to: str) -> Any:
-    """Return a schema whose references to itself find it where it is moved to."""
-    if isinstance(schema, list):
-        return [_moved(item, to) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    moved = {}
-    for key, value in schema.items():
-        if key == "$ref" and isinstance(value, str) and value.startswith("#"):
-            moved[key] = to + value[1:]
-        else:
-            moved[key] = value if key in _PLAIN_DATA else _moved(value, to)
-    return moved
 
 
 def _inside(value: Any) -> Sequence[Any]:
