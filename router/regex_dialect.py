@@ -6,7 +6,8 @@ r"""Regular expressions as llguidance takes them: Rust's syntax, in which `\d` i
 
 1. One pass over the text, with a stack of the flags that hold in each group; nothing of a pattern is understood beyond
    that, so that what is broken stays so, and the library says why.
-2. Flags `i` and `u` never come out: each letter and class is written as they make it.
+2. Flags `i`, `u` and `x` never come out: each letter and class is written as they make it, white space that stands for
+   nothing is left out.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ _ESCAPE: Final = re.compile(
     r"\\(?:x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|U[0-9A-Fa-f]{8}|[xuU]\{[0-9A-Fa-f]+\}|[pP](?:\{[^}]*\}|.)|b\{[^}]*\}|c[A-Za-z]|.)",
     re.DOTALL,
 )
+_BLANK: Final = re.compile(r"(?:\s|#[^\n]*)+")
 _POSIX: Final = re.compile(r"\[:\^?[a-z]+:\]")
 
 
@@ -73,18 +75,18 @@ class _Writer:
             return self._cased(self._class(is_inverted=False))
         elif char == "\\":
             return self._escape()
-        elif char == "#" and self._flags.x:
-            return self._take(re.compile(r"[^\n]*\n?"))
+        elif self._flags.x and self._has_blank():
+            return ""
         self._at += 1
         if char == "." and self._is_ecma:
             return f"[^{_LINE_ENDS}]"
         return self._letter(char)
 
-    def _take(self, pattern: re.Pattern[str]) -> str:
-        found = pattern.match(self._text, self._at)
-        assert found is not None
-        self._at = found.end()
-        return found[0]
+    def _has_blank(self) -> bool:
+        """Take white space and comments; return whether there was any."""
+        found = _BLANK.match(self._text, self._at)
+        self._at = self._at if found is None else found.end()
+        return found is not None
 
     # --- groups ---
 
@@ -109,7 +111,7 @@ class _Writer:
         for letters, value in ((on, True), (off, False)):
             for letter in set(letters) & {"i", "u", "x"}:
                 self._flags = replace(self._flags, **{letter: value})
-        kept_on, kept_off = (letters.translate({ord("i"): None, ord("u"): None}) for letters in (on, off))
+        kept_on, kept_off = (letters.translate(dict.fromkeys(map(ord, "iux"))) for letters in (on, off))
         return f"{kept_on}-{kept_off}" if kept_off else kept_on
 
     # --- atoms ---
@@ -180,8 +182,7 @@ class _Writer:
                 return self._class(is_inverted)
             self._at = posix.end()
             return posix[0]
-        if self._flags.x and char.isspace():
-            self._at += 1
+        if self._flags.x and self._has_blank():
             return ""
         if self._text.startswith(("&&", "--", "~~"), self._at) and not self._is_ecma:
             self._at += 2

@@ -270,14 +270,12 @@ def _beginnings(high: Fraction) -> Iterator[Fraction]:
 
 def _constant(value: Fraction) -> Number | None:
     """Return a number as the library is to read it; None where it would hold to another one."""
-    if value.denominator == 1 and abs(value) < 1 << 63:
-        if int(float(value)) == value:
-            return int(value)
-    elif abs(value) < _GREATEST_DOUBLE:
-        double = float(value)
-        if _shown(double) == value and (told := _told(double)) is not None:
-            return told
-    return None
+    if abs(value) > _LARGEST_INTEGER:
+        return None  # where integers are asked for as well, it would take the largest that it has
+    if value.denominator == 1:
+        return int(value) if int(float(value)) == value else None
+    double = float(value)
+    return _told(double) if _shown(double) == value else None
 
 
 def _coefficient(step: Fraction) -> Number:

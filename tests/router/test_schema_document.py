@@ -34,7 +34,7 @@ CASES: list[tuple[dict[str, Any], list[str], list[str]]] = [
     (_object({"$ref": "s.json#/$defs/c"}, {"$id": HERE, "$defs": {"c": R}}), [GOOD], [OTHER]),
     (_object({"$ref": f"{HERE}#/$defs/c"}, {"$id": HERE, "$defs": {"c": R}}), [GOOD], [OTHER]),
     (_object({"$ref": "#/$defs/c"}, {"$id": "urn:uuid:1", "$defs": {"c": R}}), [GOOD], [OTHER]),
-    (_object({"$ref": "c.json"}, {"$id": "https://e.com/s.json", "$defs": {"k": {"$id": "c.json", **R}}}), [GOOD], [OTHER]),
+    (_object({"$ref": "c.json"}, {"$id": "https://e.com/s", "$defs": {"k": {"$id": "c.json", **R}}}), [GOOD], [OTHER]),
     (_object({"$ref": "/y/c"}, {"$id": "https://e.com/x/s", "$defs": {"k": {"$id": "../y/c", **R}}}), [GOOD], [OTHER]),
     # An inner base URI holds for what lies in it.
     (_object({"$ref": "in"}, {"$defs": {"k": {"$id": "in", "$ref": "#/$defs/c", "$defs": {"c": R}}, "c": {}}}),
