@@ -23,7 +23,7 @@ import msgspec
 
 from protocol.errors import BatonError, GrammarError
 from protocol.request import MAX_GRAMMAR_BYTES, Grammar, GrammarKind
-from router.regex_dialect import ascii_regex
+from router.regex_dialect import ascii_lark, ascii_regex
 from router.schema_exact import exact_schema
 
 MAX_MEMORY_BYTES: Final = 1 << 30
@@ -134,12 +134,15 @@ class Trial:
 def _held(grammar: Grammar) -> str:
     """Return a grammar's text in the words of the library. Raises GrammarError where it has none for it."""
     text = grammar.text
-    if grammar.kind == GrammarKind.LARK:
-        return _lark(text)
-    if grammar.kind == GrammarKind.REGEX:
-        text = ascii_regex(text)
-    elif grammar.kind == GrammarKind.JSON_SCHEMA:
-        text = exact_schema(text)
+    try:
+        if grammar.kind == GrammarKind.LARK:
+            text = ascii_lark(_lark(text))
+        elif grammar.kind == GrammarKind.REGEX:
+            text = ascii_regex(text)
+        elif grammar.kind == GrammarKind.JSON_SCHEMA:
+            text = exact_schema(text)
+    except RecursionError:
+        raise GrammarError("nested too deeply") from None
     if len(text.encode()) > MAX_GRAMMAR_BYTES:
         raise GrammarError(f"longer than {MAX_GRAMMAR_BYTES} bytes as the library takes it")
     return text
@@ -153,6 +156,4 @@ def _lark(text: str) -> str:
         found = any_to_lark(text)
     except (ValueError, IndexError, KeyError, RecursionError, AssertionError) as error:
         raise GrammarError(f"neither Lark nor GBNF: {error}"[:300]) from error
-    if len(found.encode()) > MAX_GRAMMAR_BYTES:
-        raise GrammarError(f"longer than {MAX_GRAMMAR_BYTES} bytes as Lark")
     return found

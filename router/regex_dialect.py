@@ -28,6 +28,10 @@ _ESCAPE: Final = re.compile(
     re.DOTALL,
 )
 _BLANK: Final = re.compile(r"(?:\s|#[^\n]*)+")
+# Of a grammar in Lark: strings, special tokens, comments, and what this is about.
+_LARK: Final = re.compile(
+    r'"(?:\\.|[^"\\\n])*"i?|<[^<>\n]*>|(?://|\#)[^\n]*|/(?P<regex>(?:\\.|[^/\\\n])+)/(?P<flags>[a-z]*)'
+)
 _POSIX: Final = re.compile(r"\[:\^?[a-z]+:\]")
 
 
@@ -40,6 +44,9 @@ class _Flags:
     x: bool = False
 
 
+_PLAIN: Final = _Flags()
+
+
 def ascii_regex(pattern: str) -> str:
     """Return a client's regular expression as the library is to read it."""
     return _Writer(pattern, is_ecma=False).written()
@@ -50,14 +57,27 @@ def ecma_regex(pattern: str) -> str:
     return _Writer(pattern, is_ecma=True).written()
 
 
+def ascii_lark(text: str) -> str:
+    """Return a grammar in Lark whose regular expressions the library is to read as `ascii_regex` has them."""
+
+    def told(found: re.Match[str]) -> str:
+        pattern, flags = found["regex"], found["flags"]
+        if pattern is None or "u" in flags:
+            return found[0]
+        writer = _Writer(pattern, is_ecma=False, flags=_Flags(i="i" in flags))
+        return f"/{writer.written()}/{flags.replace('i', '')}"
+
+    return _LARK.sub(told, text)
+
+
 class _Writer:
-    def __init__(self, text: str, is_ecma: bool) -> None:
+    def __init__(self, text: str, is_ecma: bool, flags: _Flags = _PLAIN) -> None:
         self._text = text
         self._is_ecma = is_ecma
         self._at = 0
         self._out: list[str] = []
         self._stack: list[_Flags] = []
-        self._flags = _Flags()
+        self._flags = flags
 
     def written(self) -> str:
         """Return the whole pattern."""

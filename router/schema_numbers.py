@@ -13,6 +13,7 @@ Its ranges are right, within limits that are met here, so that what comes out al
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
@@ -33,7 +34,7 @@ _LARGEST_INTEGER: Final = (1 << 63) - 1
 _WIDEST: Final = 10**18
 _FINEST: Final = 10**60  # each digit after the point nests its expressions once more
 _MAX_COEFFICIENT: Final = (1 << 32) - 1
-_GREATEST_DOUBLE: Final = 10**308
+_GREATEST_DOUBLE: Final = Fraction(sys.float_info.max)
 _MARGIN_DIGITS: Final = 9
 _NUM_TRIES: Final = 8
 
@@ -338,7 +339,7 @@ def _range_of(node: Node) -> Range | None:
     if not all(_is_number(value) for value in values.values()):
         return None
     found = {key: Fraction(value) for key, value in values.items()}
-    if any(abs(value) >= _GREATEST_DOUBLE for value in found.values()):
+    if any(abs(value) > _GREATEST_DOUBLE for value in found.values()):
         raise GrammarError(f"{next(iter(values))}: the number is out of range")
     step = found.get("multipleOf")
     if step is not None and step <= 0:

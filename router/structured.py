@@ -20,6 +20,7 @@ from msgspec import Meta
 from protocol.errors import InvalidRequest
 from protocol.request import MAX_GRAMMAR_BYTES, Grammar, GrammarKind
 from router import exact_json
+from router.regex_dialect import ascii_regex
 from router.schema_document import Document
 
 MAX_NESTING: Final = 64
@@ -171,6 +172,7 @@ def _json(schema: Schema | None, name: str, pattern: str | None, *, is_closed: b
             document.close()
         schema = document.moved()
     text = exact_json.encode(schema).decode()
+    pattern = None if pattern is None else ascii_regex(pattern)
     return _bounded(Grammar(kind=GrammarKind.JSON_SCHEMA, text=text, whitespace_pattern=pattern), name)
 
 

@@ -9,6 +9,7 @@ import re
 import pytest
 
 from protocol.errors import GrammarError
+from protocol.request import Grammar, GrammarKind
 from router.regex_dialect import ascii_regex, ecma_regex
 from tests.router.guided import Guide
 
@@ -67,6 +68,26 @@ CASES: list[tuple[str, list[str], list[str]]] = [
 @pytest.mark.parametrize(("pattern", "good", "bad"), CASES)
 def test_classes_and_case_are_ascii(guide: Guide, pattern: str, good: list[str], bad: list[str]) -> None:
     assert guide.by_regex(pattern, *good, *bad) == good
+
+
+LARK: list[tuple[str, list[str], list[str]]] = [
+    (r"start: /\d+/", ["1"], [ARABIC]),
+    ('start: D "/d/" // a /w/ here\nD: /\\w\\//  # and /w/', ["a//d/"], ["é//d/"]),
+    (r"start: /k[\d\/]/i", ["K1", "k/"], [KELVIN + "1", "k" + ARABIC]),
+    (r"start: /\d/u", [ARABIC], ["a"]),
+    (r'start: "\\d" | "é"i', [r"\d", "é"], ["1"]),
+    (r"root ::= [0-9]+ | [a-c]", ["12", "b"], [ARABIC, "d"]),
+]
+
+
+@pytest.mark.parametrize(("text", "good", "bad"), LARK)
+def test_so_are_those_in_a_grammar(guide: Guide, text: str, good: list[str], bad: list[str]) -> None:
+    assert guide.accepted(Grammar(kind=GrammarKind.LARK, text=text), *good, *bad) == good
+
+
+def test_so_is_what_stands_between_tokens_of_json(guide: Guide) -> None:
+    texts = ["[ 1]", "[\t1]", f"[{WIDE}1]"]
+    assert guide.by_schema({"type": "array"}, *texts, whitespace_pattern=r"\s*") == texts[:2]
 
 
 # pattern of a schema, what matches it, what does not

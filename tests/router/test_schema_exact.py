@@ -1,4 +1,4 @@
-"""Keywords of a schema: what asks for nothing is ignored, as JSON Schema says; the rest is obeyed or refused by name."""
+"""Keywords of a schema: what asks for nothing is ignored, as JSON Schema says; the rest is obeyed, or refused."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ OBEYED: list[tuple[dict[str, Any], list[str], list[str]]] = [
     ({**OBJECT, "minProperties": 1, "maxProperties": 2}, ['{"a":1}'], ["{}", '{"a":1,"b":1,"c":1}']),
     ({**OBJECT, "properties": {"a": {}}, "required": ["a"], "minProperties": 2}, ['{"a":1,"b":1}'], ['{"a":1}']),
     ({"$schema": "https://example.com/mine", "const": 1}, ["1"], ["2"]),
-    ({"$schema": "https://json-schema.org/draft-07/schema#", "items": [{"const": 1}], "type": "array"}, ["[1]"], ["[2]"]),
+    ({"$schema": "https://json-schema.org/draft-07/schema#", "items": [{"const": 1}], **ARRAY}, ["[1]"], ["[2]"]),
 ]  # fmt: skip
 
 

@@ -62,6 +62,7 @@ CASES: list[tuple[str, list[str], list[str]]] = [
     ('{"type":"integer","minimum":0,"maximum":9223372036854775807}', ["0", str(2**63 - 1)], ["-1", str(2**63)]),
     ('{"type":"integer","minimum":-9223372036854775808}', ["0", "-5"], [str(-(2**63) - 1)]),
     ('{"type":"integer","maximum":123456789012345678901234567890}', ["0", "-5"], ["0.5"]),
+    ('{"type":"number","minimum":-1.7976931348623157e308,"maximum":1.7976931348623157e308}', ["0", "-7.5"], ['"x"']),
     ('{"type":"number","minimum":1e-300,"maximum":0.5}', ["0.1"], ["0", "0.6"]),
     ('{"type":"string","minLength":1.0,"maxLength":2e0}', ['"a"', '"ab"'], ['""', '"abc"']),
 ]  # fmt: skip

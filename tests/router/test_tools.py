@@ -68,6 +68,15 @@ def test_a_template_without_tools_gets_them_in_the_system_message(tokenizer: Tok
     assert plain == prompt(tokenizer, tools=[TOOL], tool_choice="none") == prompt(tokenizer, tools=[])
 
 
+def test_numbers_of_parameters_are_told_as_they_are(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    bounds = {"type": "number", "minimum": 0.1, "maximum": 1e21, "multipleOf": 9007199254740993}
+    tool = {"type": "function", "function": {"name": "look", "parameters": {"properties": {"at": bounds}}}}
+    told = prompt(tokenizer, tools=[tool]).partition("<tools>\n")[2].partition("\n</tools>")[0]
+    assert json.loads(told) == tool
+    knowing = Tokenizer(byte_level_gguf(tmp_path / "knowing.gguf", chat_template=KNOWING))
+    assert json.loads(prompt(knowing, tools=[tool]).partition("<|start|>")[0]) == [tool]
+
+
 def test_past_calls_and_results_are_written_where_the_template_cannot(tokenizer: Tokenizer) -> None:
     assert prompt(tokenizer, messages=PAST) == (
         '<|start|>user: hi<|stop|><|start|>assistant: <tool_call>\n{"name": "look", "arguments": {"at": "x"}}\n'
