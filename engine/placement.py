@@ -70,9 +70,11 @@ def refusal_of(message: Prefill | Reserve, model: LoadedModel) -> str | None:
     The router checks the same against the tokenizer; a worker must not index out of its tables all the same.
     """
     num_tokens = len(message.prompt) + len(message.emitted)
-    if not message.prompt or num_tokens >= model.max_model_len:
-        return f"{num_tokens} tokens; this worker takes 1 to {model.max_model_len - 1}"
     sampling, readout = message.sampling, message.readout if isinstance(message, Prefill) else None
+    # What is only read needs no room for a token after it.
+    max_tokens = model.max_model_len - (readout is None)
+    if not message.prompt or num_tokens > max_tokens:
+        return f"{num_tokens} tokens; this worker takes 1 to {max_tokens}"
     if isinstance(readout, ReadEmbedding) and readout.pooling is Pooling.CLS:
         return "the first token of a decoder has seen nothing: cls pooling is for encoders"
     if readout is not None and isinstance(message, Prefill) and message.decode_worker_id is not None:

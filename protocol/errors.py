@@ -9,7 +9,7 @@ BatonError
 │   ├── UnknownModel            404: the model is not served here
 │   └── Overloaded              429: shed early; carries retry_after_s
 ├── RequestFailed               accepted, then not completed (HTTP 5xx or an error event)
-│   ├── NotReady                503: no pair of workers can take it
+│   ├── NotReady                503: nobody can take it now; carries retry_after_s
 │   ├── DeadlineExceeded        504: its deadline passed
 │   └── RequestAborted          499: ended by its id before it had finished
 ├── ProtocolError               a peer said what the wire does not allow; the connection is closed
@@ -94,9 +94,13 @@ class RequestFailed(BatonError):
 
 
 class NotReady(RequestFailed):
-    """No pair of workers can take the request."""
+    """Nobody can take the request now; the client should come back after `retry_after_s`."""
 
     status = 503
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class DeadlineExceeded(RequestFailed):

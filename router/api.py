@@ -18,6 +18,7 @@ from msgspec import Meta
 
 from protocol.errors import InvalidRequest
 from protocol.request import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_TOKEN_IDS, TokenId
+from router import exact_json
 from router.structured import Choices, Pattern, ResponseFormat, Schema, StructuredOutputs, Whitespace
 from router.tools import MAX_TOOLS, ToolCallMessage, ToolChoice, ToolDefinition
 
@@ -187,7 +188,7 @@ def parse(body: bytes, kind: type[Request]) -> Request:
     try:
         fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
         _check_names(fields, kind)
-        found = msgspec.json.decode(body, type=kind)
+        found: Request = exact_json.decoder(kind).decode(body)
         # Readers differ in which of two values they take, so that nobody should have to guess.
         json.loads(body, object_pairs_hook=_check_unique)
         return found

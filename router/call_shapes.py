@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from protocol.request import FinishReason
+from router.text import Piece
 from router.tool_calls import Arguments, Call, CallParser, Content, ForcedCallParser, FreeCallParser, Part
 from router.tools import ToolUse
 
@@ -49,11 +51,18 @@ class AnsweredCall(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(slots=True)
 class SaidCalls:
-    """What a whole text comes to: content, and calls of functions."""
+    """What a whole text comes to: content, and calls of functions; the counts as a `CallParser` has them."""
 
     content: str = ""
     names: list[str] = field(default_factory=list)
     arguments: list[str] = field(default_factory=list)
+    num_whole: int = 0
+    is_cut: bool = False
+
+    @property
+    def num_calls(self) -> int:
+        """How many calls there are."""
+        return len(self.names)
 
     def add(self, parts: Iterable[Part]) -> None:
         """Take what a parser found."""
@@ -82,7 +91,18 @@ def said_in(use: ToolUse, text: str) -> SaidCalls:
     parser, said = parser_for(use), SaidCalls()
     said.add(parser.feed(text))
     said.add(parser.flush())
+    said.num_whole, said.is_cut = parser.num_whole, parser.is_cut
     return said
+
+
+def is_cut_by_stop(said: CallParser | SaidCalls, piece: Piece) -> bool:
+    """Whether the client's own stop string or token ended an answer within its calls."""
+    return said.is_cut and piece.stop_reason is not None
+
+
+def ends_in_calls(said: CallParser | SaidCalls, piece: Piece) -> bool:
+    """Whether an answer ends because its calls are made: it has some, and nothing cut them."""
+    return said.num_calls > 0 and piece.finish_reason is FinishReason.STOP and not is_cut_by_stop(said, piece)
 
 
 def delta_of(part: Call | Arguments) -> ToolCallDelta:

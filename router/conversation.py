@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from protocol.errors import InvalidRequest
@@ -35,8 +35,29 @@ def render(tokenizer: Tokenizer, request: ChatRequest, messages: list[dict[str, 
             "continue_final_message and add_generation_prompt exclude each other", "continue_final_message"
         )
     opens_turn = not goes_on and request.add_generation_prompt is not False
-    text = tokenizer.render_chat(messages, opens_turn, request.chat_template_kwargs, tools)
+    text = rendered(tokenizer, messages, opens_turn, request.chat_template_kwargs, tools)
     return _cut_after(text, messages[-1]["content"]) if goes_on else text
+
+
+def rendered(
+    tokenizer: Tokenizer,
+    messages: list[dict[str, Any]],
+    opens_turn: bool,
+    variables: Mapping[str, Any] | None = None,
+    tools: list[dict[str, Any]] | None = None,
+) -> str:
+    """Return what the template makes of messages, as `Tokenizer.render_chat` does.
+
+    Many a template looks into the arguments of calls: what a model once wrote amiss is told all the same, as a member
+    of an object.
+    """
+    try:
+        return tokenizer.render_chat(messages, opens_turn, variables, tools)
+    except InvalidRequest:
+        mended = _with_object_arguments(messages)
+        if mended == messages:
+            raise
+        return tokenizer.render_chat(mended, opens_turn, variables, tools)
 
 
 def told(
@@ -50,10 +71,10 @@ def told(
 
 
 def calls_of(message: ChatMessage, i: int) -> list[dict[str, Any]]:
-    """Return the calls of an assistant's message, with their arguments as objects, as templates expect them.
+    """Return the calls of an assistant's message, with arguments as templates expect them: objects, if they are.
 
     Raises:
-        InvalidRequest: another role calls, or arguments are no JSON object.
+        InvalidRequest: another role calls, or something else is called than a function.
     """
     if message.role != "assistant":
         raise InvalidRequest(f"messages[{i}].tool_calls: only the assistant calls functions", "messages")
@@ -62,8 +83,25 @@ def calls_of(message: ChatMessage, i: int) -> list[dict[str, Any]]:
         where = f"messages[{i}].tool_calls[{j}]"
         if call.type != "function":
             raise InvalidRequest(f"{where}.type: {call.type!r} is not supported, only function", "messages")
-        function = {"name": call.function.name, "arguments": arguments_of(call.function, where)}
+        function = {"name": call.function.name, "arguments": arguments_of(call.function)}
         found.append({"id": call.id, "type": "function", "function": function})
+    return found
+
+
+def _with_object_arguments(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return messages whose calls all have an object as arguments: any other value becomes its one member."""
+
+    def mended(call: dict[str, Any]) -> dict[str, Any]:
+        function = call["function"]
+        arguments = function["arguments"]
+        if isinstance(arguments, dict):
+            return call
+        return {**call, "function": {**function, "arguments": {"arguments": arguments}}}
+
+    found = []
+    for message in messages:
+        calls = [mended(call) for call in message.get("tool_calls", ())]
+        found.append({**message, "tool_calls": calls} if calls else message)
     return found
 
 

@@ -23,6 +23,8 @@ import msgspec
 
 from protocol.errors import BatonError, GrammarError
 from protocol.request import MAX_GRAMMAR_BYTES, Grammar, GrammarKind
+from router.regex_dialect import ascii_lark, ascii_regex
+from router.schema_exact import exact_schema
 
 MAX_MEMORY_BYTES: Final = 1 << 30
 CHECK_CPU_S: Final = 2.0
@@ -103,8 +105,7 @@ class Trial:
         """Return the text by which workers compile a grammar. Raises GrammarError with what is wrong."""
         from protocol.guidance import compile_matcher
 
-        if grammar.kind == GrammarKind.LARK:
-            grammar = msgspec.structs.replace(grammar, text=_lark(grammar.text))
+        grammar = msgspec.structs.replace(grammar, text=_held(grammar))
         self._probe(compile_matcher(self._tokenizer, grammar))
         return grammar.text
 
@@ -130,6 +131,23 @@ class Trial:
             require_sound(matcher)
 
 
+def _held(grammar: Grammar) -> str:
+    """Return a grammar's text in the words of the library. Raises GrammarError where it has none for it."""
+    text = grammar.text
+    try:
+        if grammar.kind == GrammarKind.LARK:
+            text = ascii_lark(_lark(text))
+        elif grammar.kind == GrammarKind.REGEX:
+            text = ascii_regex(text)
+        elif grammar.kind == GrammarKind.JSON_SCHEMA:
+            text = exact_schema(text)
+    except RecursionError:
+        raise GrammarError("nested too deeply") from None
+    if len(text.encode()) > MAX_GRAMMAR_BYTES:
+        raise GrammarError(f"longer than {MAX_GRAMMAR_BYTES} bytes as the library takes it")
+    return text
+
+
 def _lark(text: str) -> str:
     """Return a grammar in GBNF or Lark as Lark."""
     from llguidance.gbnf_to_lark import any_to_lark
@@ -138,6 +156,4 @@ def _lark(text: str) -> str:
         found = any_to_lark(text)
     except (ValueError, IndexError, KeyError, RecursionError, AssertionError) as error:
         raise GrammarError(f"neither Lark nor GBNF: {error}"[:300]) from error
-    if len(found.encode()) > MAX_GRAMMAR_BYTES:
-        raise GrammarError(f"longer than {MAX_GRAMMAR_BYTES} bytes as Lark")
     return found

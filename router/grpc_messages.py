@@ -14,9 +14,10 @@ from typing import Any, Final
 import msgspec
 
 from protocol.errors import InvalidRequest
-from protocol.request import FinishReason, TokenLogprobs
+from protocol.request import TokenLogprobs
+from router import exact_json
 from router.api import ChatRequest, CompletionRequest
-from router.call_shapes import new_call_id, parser_for
+from router.call_shapes import ends_in_calls, new_call_id, parser_for
 from router.intake import Job, PromptTokens
 from router.logprob_shapes import finite
 from router.prompt_logprobs import ReadPrompts
@@ -134,7 +135,7 @@ def _structured_outputs(asked: pb.StructuredOutputs) -> dict[str, Any]:
 
 def _json(text: str, field: str) -> Any:
     try:
-        return msgspec.json.decode(text)
+        return exact_json.decoder(Any).decode(text)
     except (msgspec.MsgspecError, RecursionError) as error:
         raise InvalidRequest(f"{field}: not valid JSON: {error}", field) from error
 
@@ -241,8 +242,7 @@ class MessageShape:
         if (num_top := asked.sampling.num_logprobs) is not None:
             choice.logprobs.extend(self._logged(one.token_id, one.logprobs, num_top) for one in piece.logged)
         if piece.finish_reason is not None:
-            has_calls = progress.parser is not None and progress.parser.num_calls > 0
-            is_call = has_calls and piece.finish_reason is FinishReason.STOP
+            is_call = progress.parser is not None and ends_in_calls(progress.parser, piece)
             choice.finish_reason = "tool_calls" if is_call else str(piece.finish_reason)
         if isinstance(piece.stop_reason, str):
             choice.stop_string = piece.stop_reason

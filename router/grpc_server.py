@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import secrets
 import time
 from collections.abc import Iterator
@@ -348,10 +349,9 @@ async def _refuse(context: Any, error: RequestRejected | RequestFailed, record: 
     if isinstance(error, RequestRejected) and error.param:
         trailing.append(("baton-field", error.param))
     if isinstance(error, Overloaded | NotReady):
-        retry_s = error.retry_after_s if isinstance(error, Overloaded) else OVERLOAD_RETRY_S
         # The name that gRPC's own retry policies obey.
-        trailing.append(("grpc-retry-pushback-ms", str(max(1, round(retry_s * 1000)))))
-        trailing.append(("retry-after", str(max(1, round(retry_s)))))
+        trailing.append(("grpc-retry-pushback-ms", str(max(1, round(error.retry_after_s * 1000)))))
+        trailing.append(("retry-after", str(max(1, math.ceil(error.retry_after_s)))))
     with suppress(TimeoutError):
         async with asyncio.timeout(GIVE_UP_S):
             await context.abort(code, str(error), tuple(trailing))

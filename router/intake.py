@@ -28,7 +28,7 @@ from router.api import (
     GenerationFields,
     TokenizeRequest,
 )
-from router.conversation import calls_of, check_results, render, told
+from router.conversation import calls_of, check_results, render, rendered, told
 from router.response_request import RENAMED, ResponsesRequest, renamed
 from router.structured import Structured, structured_output
 from router.text import TextOptions
@@ -119,6 +119,10 @@ class Intake:
         if isinstance(request, ResponsesRequest):
             return self._response_job(request, max_model_len)
         self.check_model(request.model)
+        if request.stream_options is not None and not request.stream:
+            raise InvalidRequest(
+                "The 'stream_options' parameter is only allowed when 'stream' is enabled.", "stream_options"
+            )
         tools = None
         if isinstance(request, ChatRequest):
             tools = tool_use(request.tools, request.tool_choice, request.parallel_tool_calls)
@@ -158,7 +162,7 @@ class Intake:
             grammar_field="" if structured is None else structured.field,
             num_prompt_top=_num_prompt_top(request, prompts),
             num_shown_top=request.prompt_logprobs,
-            is_prompt_only=request.max_tokens == 0 and isinstance(request, CompletionRequest),
+            is_prompt_only=_is_prompt_only(request),
         )
         return job if structured is None else job.with_grammar(structured.grammar)
 
@@ -184,9 +188,8 @@ class Intake:
             raise InvalidRequest("give either prompt or messages", "prompt")
         if request.messages is not None:
             plain = plain_messages(request.messages)
-            text = self._tokenizer.render_chat(
-                told(self._tokenizer, plain, None)[0], request.add_generation_prompt is not False
-            )
+            messages = told(self._tokenizer, plain, None)[0]
+            text = rendered(self._tokenizer, messages, request.add_generation_prompt is not False)
             return self._encode(text, bool(request.add_special_tokens), max_model_len, "messages")
         assert request.prompt is not None
         return self._encode(request.prompt, request.add_special_tokens is not False, max_model_len, "prompt")
@@ -219,7 +222,7 @@ class Intake:
                 ids = part
             kept = self._truncated(ids, request, max_model_len)
             is_whole, ids = len(kept) == len(ids), kept
-            prompt = self._checked(ids, "prompt", max_model_len)
+            prompt = self._checked(ids, "prompt", max_model_len, num_following=0 if _is_prompt_only(request) else 1)
             if request.echo:
                 text = part if isinstance(part, str) and is_whole else self._tokenizer.decode(ids, skip_special=False)
                 prompt = PromptTokens(prompt.token_ids, text, is_echoed=True)
@@ -248,15 +251,16 @@ class Intake:
             )
         if num_kept == -1:
             asked = getattr(request, "max_completion_tokens", None) or request.max_tokens or 1
-            num_kept = max(1, max_model_len - asked)
+            num_kept = max_model_len if _is_prompt_only(request) else max(1, max_model_len - asked)
         return token_ids[-num_kept:]
 
-    def _checked(self, token_ids: list[int], param: str, max_model_len: int) -> PromptTokens:
+    def _checked(self, token_ids: list[int], param: str, max_model_len: int, num_following: int = 1) -> PromptTokens:
+        """Return a prompt that fits the context together with so many tokens at least. Raises RequestRejected."""
         if not token_ids:
             raise InvalidRequest(f"{param}: the prompt is empty", param)
         if max(token_ids) >= self._tokenizer.vocab_size:
             raise InvalidRequest(f"{param}: token id {max(token_ids)} is not in the vocabulary", param)
-        if len(token_ids) >= max_model_len:
+        if len(token_ids) + num_following > max_model_len:
             raise ContextTooLong(
                 f"This model's maximum context length is {max_model_len} tokens, but the prompt has {len(token_ids)} "
                 f"tokens, which leaves no room for the completion. Please reduce the length of the {param}.",
@@ -389,6 +393,10 @@ def _content(message: ChatMessage, i: int) -> str:
         if part.type != "text" or part.text is None:
             raise InvalidRequest(f"messages[{i}].content: only parts of type text are supported", "messages")
     return "\n".join(part.text or "" for part in message.content)
+
+
+def _is_prompt_only(request: GenerationFields) -> bool:
+    return request.max_tokens == 0 and isinstance(request, CompletionRequest)
 
 
 def _num_logprobs(request: GenerationFields) -> int | None:

@@ -29,6 +29,7 @@ from router.tools import (
     ToolCallMessage,
     ToolChoice,
     ToolDefinition,
+    WrittenArguments,
 )
 
 # Fields of chat, and what they are called in responses.
@@ -61,7 +62,7 @@ class InputItem(msgspec.Struct, frozen=True, kw_only=True):
     content: str | Parts | None = None
     call_id: Short | None = None
     name: FunctionName | None = None
-    arguments: Annotated[str, Meta(max_length=1 << 20)] | None = None
+    arguments: WrittenArguments = None
     output: str | Parts | None = None
 
 
@@ -193,8 +194,8 @@ def _add(messages: list[ChatMessage], item: InputItem, where: str) -> None:
             raise InvalidRequest(f"{where}.role: this field is required", "input")
         messages.append(ChatMessage(role=item.role, content=_text_parts(item.content, f"{where}.content")))
     elif item.type == "function_call":
-        if item.call_id is None or item.name is None or item.arguments is None:
-            raise InvalidRequest(f"{where}: a function_call needs call_id, name and arguments", "input")
+        if item.call_id is None or item.name is None:
+            raise InvalidRequest(f"{where}: a function_call needs call_id and name", "input")
         call = ToolCallMessage(id=item.call_id, function=CalledFunction(name=item.name, arguments=item.arguments))
         if messages and messages[-1].role == "assistant":
             last = messages.pop()
@@ -229,7 +230,7 @@ def _text_parts(content: str | Iterable[InputPart] | None, where: str) -> str | 
 def _response_format(form: TextFormat) -> ResponseFormat:
     """Return the form of the text as chat has it: there a schema lies one level deeper."""
     if form.type != "json_schema":
-        return ResponseFormat(type=form.type)
+        return ResponseFormat(type=form.type, schema=form.schema)
     if form.schema is None:
         raise InvalidRequest("text.format.schema: this field is required", "text")
     schema = JsonSchemaFormat(name=form.name or "response", schema=form.schema, strict=form.strict)

@@ -19,7 +19,7 @@ from typing import Any, Final
 
 from protocol.errors import RequestFailed
 from protocol.request import FinishReason
-from router.call_shapes import new_call_id, parser_for, said_in
+from router.call_shapes import is_cut_by_stop, new_call_id, parser_for, said_in
 from router.intake import Job
 from router.logprob_shapes import chat_logprobs
 from router.prompt_logprobs import ReadPrompts
@@ -82,6 +82,7 @@ class ResponseShape:
         self._output: list[OutputItem] = []
         self._open: _OpenItem | None = None
         self._logged: list[LoggedToken] = []
+        self._is_whole = True
         self._finish_reason: FinishReason | None = None
         self._num_events = 0
         self.num_output_tokens = 0
@@ -103,9 +104,10 @@ class ResponseShape:
             out += self._part(part)
         if piece.finish_reason is not None:
             self._finish_reason = piece.finish_reason
+            self._is_whole = self._parser is None or not is_cut_by_stop(self._parser, piece)
             if self._open is None and not self._output:
                 out += self._begin(_OpenItem(self._item_id("msg")))
-            out += self._end(self._status)
+            out += self._end(self._last_status)
         return b"".join(out)
 
     def closing(self) -> bytes:
@@ -185,27 +187,42 @@ class ResponseShape:
             piece.finish_reason,
             piece.logged,
         )
-        self._output = self._items(piece.text)
+        self._output = self._items(piece)
         return encode_json(self._response(self._status))
 
-    def _items(self, text: str) -> list[OutputItem]:
+    def _items(self, piece: Piece) -> list[OutputItem]:
         items: list[OutputItem] = []
-        said = None if self._job.tools is None else said_in(self._job.tools, text)
-        content = text if said is None else said.content
+        said = None if self._job.tools is None else said_in(self._job.tools, piece.text)
+        self._is_whole = said is None or not is_cut_by_stop(said, piece)
+        content = piece.text if said is None else said.content
         if content or said is None or not said.names:
             part = OutputText(text=content, logprobs=self._take_logprobs())
             items.append(OutputMessage(id=self._item_id("msg"), status=self._status, content=[part]))
-        for call in said.answered() if said is not None else ():
+        for number, call in enumerate(said.answered() if said is not None else ()):
             name, arguments = call.function.name, call.function.arguments
+            status = "completed" if said is not None and number < said.num_whole else "incomplete"
             item_id = self._item_id("fc", len(items))
-            items.append(OutputCall(id=item_id, call_id=call.id, name=name, arguments=arguments, status=self._status))
+            items.append(OutputCall(id=item_id, call_id=call.id, name=name, arguments=arguments, status=status))
         return items
 
     # --- both ---
 
     @property
     def _status(self) -> str:
-        return "incomplete" if self._finish_reason is FinishReason.LENGTH else "completed"
+        return "incomplete" if self._finish_reason is FinishReason.LENGTH or not self._is_whole else "completed"
+
+    @property
+    def _last_status(self) -> str:
+        """What the open item ends as: a call whose arguments are there is whole, whatever cut the answer after it."""
+        is_call = self._open is not None and self._open.name is not None
+        if is_call and self._parser is not None and self._parser.num_whole == self._parser.num_calls:
+            return "completed"
+        return self._status
+
+    @property
+    def _cause(self) -> IncompleteDetails | None:
+        """What cut an incomplete answer; OpenAI has no word for the client's own stop string."""
+        return IncompleteDetails(reason="max_output_tokens") if self._finish_reason is FinishReason.LENGTH else None
 
     def _response(self, status: str, error: RequestFailed | None = None) -> ResponseObject:
         is_over = status != _IN_PROGRESS
@@ -220,7 +237,7 @@ class ResponseShape:
             status=status,
             output=output,
             error=None if error is None else ResponseFailure(code="server_error", message=str(error)),
-            incomplete_details=IncompleteDetails(reason="max_output_tokens") if status == "incomplete" else None,
+            incomplete_details=self._cause if status == "incomplete" else None,
             usage=usage_of(num_input_tokens, self.num_output_tokens, self.num_cached_tokens) if is_over else None,
             **self._asked,
         )

@@ -8,6 +8,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from protocol.errors import Overloaded, RequestFailed, RequestRejected
+from router import exact_json
 from router.call_shapes import AnsweredCall, ToolCallDelta
 
 
@@ -200,4 +201,4 @@ def body_of_error(error: RequestRejected | RequestFailed) -> dict[str, Any]:
 
 def encode_json(value: Any) -> bytes:
     """Return `value` as JSON."""
-    return msgspec.json.encode(value)
+    return exact_json.encode(value)

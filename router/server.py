@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import importlib.metadata
 import logging
+import math
 import secrets
 import time
 from collections.abc import Awaitable, Callable
@@ -353,8 +354,7 @@ async def errors_in_openai_shape(request: web.Request, handler: Handler) -> web.
         current().failed(error)
         response = _json(encode_json(body_of_error(error)), error.status)
         if isinstance(error, Overloaded | NotReady):
-            retry_s = error.retry_after_s if isinstance(error, Overloaded) else OVERLOAD_RETRY_S
-            response.headers["Retry-After"] = str(max(1, round(retry_s)))
+            response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
         if isinstance(error, Unauthorized):
             response.headers["WWW-Authenticate"] = "Bearer"
         return response

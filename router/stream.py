@@ -19,8 +19,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from protocol.errors import RequestFailed
-from protocol.request import FinishReason
-from router.call_shapes import delta_of, parser_for, said_in
+from router.call_shapes import delta_of, ends_in_calls, parser_for, said_in
 from router.intake import Choice as JobChoice
 from router.intake import Job, PromptTokens
 from router.logprob_shapes import chat_logprobs, finite
@@ -213,7 +212,7 @@ class AnswerShape:
     def _choice(self, index: int, piece: Piece, is_first: bool, is_chunk: bool, delta: Delta | None = None) -> Choice:
         job, choice = self._job, self._job.choices[index]
         shown: dict[str, Any] = {}
-        has_calls = bool(self._parsers and self._parsers[index].num_calls)
+        is_call = bool(self._parsers) and ends_in_calls(self._parsers[index], piece)
         if not job.is_chat:
             shown["text"] = (choice.prompt.echo if is_first else "") + piece.text
             if is_first and job.returns_token_ids:
@@ -227,12 +226,11 @@ class AnswerShape:
             shown["delta"] = Delta(role=role, content=piece.text if piece.text or is_first else UNSET)
         elif job.tools is not None:
             said = said_in(job.tools, piece.text)
-            has_calls = bool(said.names)
-            calls = said.answered() if has_calls else UNSET
-            shown["message"] = AnswerMessage(content=said.content or (None if has_calls else ""), tool_calls=calls)
+            is_call = ends_in_calls(said, piece)
+            calls = said.answered() if said.names else UNSET
+            shown["message"] = AnswerMessage(content=said.content or (None if said.names else ""), tool_calls=calls)
         else:
             shown["message"] = AnswerMessage(content=piece.text)
-        is_call = has_calls and piece.finish_reason is FinishReason.STOP
         return Choice(
             index=index,
             logprobs=self._logprobs(choice, piece, is_first),

@@ -5,7 +5,8 @@
     guided_*             vLLM's older names of the same
 
 1. The fields are typed where they are decoded (router/api.py). 2. `structured_output` allows one way in a request, and
-bounds size and nesting: nothing of a schema is walked by recursion. 3. `router/grammar_checks.py` tries it.
+bounds size and nesting. 3. `router/schema_document.py` resolves what a schema refers to. 4. `router/grammar_checks.py`
+tries it.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from msgspec import Meta
 
 from protocol.errors import InvalidRequest
 from protocol.request import MAX_GRAMMAR_BYTES, Grammar, GrammarKind
+from router import exact_json
+from router.regex_dialect import ascii_regex
+from router.schema_document import Document
 
 MAX_NESTING: Final = 64
 MAX_LISTED_CHOICES: Final = 1024
-ANY_OBJECT: Final = '{"type":"object"}'
 
 Schema = dict[str, Any] | bool | str
 Pattern = Annotated[str, Meta(min_length=1, max_length=MAX_GRAMMAR_BYTES)]
@@ -39,10 +42,11 @@ class JsonSchemaFormat(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ResponseFormat(msgspec.Struct, frozen=True, kw_only=True):
-    """OpenAI's `response_format`."""
+    """OpenAI's `response_format`; some servers' `json_object` takes a `schema`, and so it does here."""
 
     type: Annotated[str, Meta(max_length=64)]
     json_schema: JsonSchemaFormat | None = None
+    schema: dict[str, Any] | bool | None = None
 
 
 class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True):
@@ -116,15 +120,22 @@ def structured_output(request: StructuredFields) -> Structured | None:
 
 def _of_response_format(asked: ResponseFormat | None) -> Grammar | None:
     name = "response_format"
-    if asked is None or asked.type == "text":
+    if asked is None:
+        return None
+    if asked.type not in ("text", "json_object", "json_schema"):
+        raise InvalidRequest(f"{name}.type: {asked.type!r} is not supported (text, json_object, json_schema are)", name)
+    if asked.schema is not None and asked.json_schema is not None:
+        raise InvalidRequest(f"{name}: both json_schema and schema give a schema", name)
+    schema = asked.schema if asked.json_schema is None else asked.json_schema.schema
+    if asked.type == "text":
+        if schema is not None:
+            raise InvalidRequest(f"{name}: a schema has no meaning with type text", name)
         return None
     if asked.type == "json_object":
-        return Grammar(kind=GrammarKind.JSON_SCHEMA, text=ANY_OBJECT)
-    if asked.type != "json_schema":
-        raise InvalidRequest(f"{name}.type: {asked.type!r} is not supported (text, json_object, json_schema are)", name)
-    if asked.json_schema is None:
+        return _json({"type": "object"} if schema is None else schema, name, None)
+    if schema is None:
         raise InvalidRequest(f"{name}.json_schema: this field is required", name)
-    return _json(asked.json_schema.schema, name, None)
+    return _json(schema, name, None)
 
 
 def _of_structured_outputs(asked: StructuredOutputs | None) -> Grammar | None:
@@ -155,15 +166,20 @@ def _json(schema: Schema | None, name: str, pattern: str | None, *, is_closed: b
     if isinstance(schema, str):
         schema = _decoded(schema, name)
     _check_nesting(schema, name)
-    if is_closed:
-        _close(schema)
-    text = msgspec.json.encode(schema).decode()
+    if isinstance(schema, dict):
+        document = Document(schema, name)
+        if is_closed:
+            document.close()
+        schema = document.moved()
+    text = exact_json.encode(schema).decode()
+    pattern = None if pattern is None else ascii_regex(pattern)
     return _bounded(Grammar(kind=GrammarKind.JSON_SCHEMA, text=text, whitespace_pattern=pattern), name)
 
 
 def _decoded(text: str, name: str) -> dict[str, Any] | bool:
     try:
-        return msgspec.json.decode(text, type=dict[str, Any] | bool)
+        found: dict[str, Any] | bool = exact_json.decoder(dict[str, Any] | bool).decode(text)
+        return found
     except (msgspec.MsgspecError, RecursionError, UnicodeEncodeError) as error:
         raise InvalidRequest(f"{name}: the text is no JSON schema: {error}", name) from error
 
@@ -202,16 +218,3 @@ def _check_nesting(schema: Any, name: str) -> None:
             elif isinstance(value, list):
                 inner.extend(value)
         level = [value for value in inner if isinstance(value, dict | list)]
-
-
-def _close(schema: Any) -> None:
-    """Let no object have properties that its schema does not name, unless it says so itself; in place."""
-    waiting = [schema]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, dict):
-            if isinstance(value.get("properties"), dict) and "additionalProperties" not in value:
-                value["additionalProperties"] = False
-            waiting.extend(value.values())
-        elif isinstance(value, list):
-            waiting.extend(value)

@@ -8,7 +8,7 @@
 1. A model that may call is free: a call is held back until it is whole, is JSON, and names a function that exists. Only
    then is it told; what turns out to be none, or never closes, is content, word for word.
 2. A model that must call writes a list of calls under a grammar, so that nothing has to be held: arguments are told as
-   they come. If it is cut off, the last call is incomplete, and its finish reason says `length`.
+   they come. If it is cut off, the last call may be incomplete; `is_cut` tells, and the finish reason says by what.
 3. Of the markup nothing is told; white space between content and calls belongs to the markup.
 """
 
@@ -53,9 +53,17 @@ Part = Content | Call | Arguments
 
 
 class CallParser(Protocol):
-    """Takes the text of one choice in pieces."""
+    """Takes the text of one choice in pieces.
+
+    Attributes:
+        num_calls: that have begun.
+        num_whole: of these, whose arguments are there to their end.
+        is_cut: whether the text, as it ended, ended within its calls.
+    """
 
     num_calls: int
+    num_whole: int
+    is_cut: bool
 
     def feed(self, text: str) -> list[Part]:
         """Return what is certain now."""
@@ -80,7 +88,8 @@ class FreeCallParser:
         self._rest = ""
         # Of a call that is held: the white space before it and its mark, in case that it is none.
         self._mark: str | None = None
-        self.num_calls = 0
+        self.num_calls = self.num_whole = 0
+        self.is_cut = False
 
     def feed(self, text: str) -> list[Part]:
         """Return content up to where a call may begin, and each call once it is closed."""
@@ -93,8 +102,11 @@ class FreeCallParser:
     def flush(self) -> list[Part]:
         """Return what was held back: a call that was never closed is content."""
         rest, self._rest = self._rest, ""
+        has_ended = bool(self.num_calls) and not self._is_parallel
+        # One character of a mark may be anything.
+        self.is_cut = not has_ended and (self._mark is not None or len(rest.strip(_BLANK)) > 1)
         if self._mark is not None:
-            rest, self._mark = self._mark + rest, None
+            rest, self._mark = "" if has_ended else self._mark + rest, None
         elif self.num_calls:
             rest = rest.rstrip(_BLANK)
         return [Content(rest)] if rest else []
@@ -126,7 +138,7 @@ class FreeCallParser:
             name, arguments = found
             parts.append(Call(self.num_calls, name))
             parts.append(Arguments(self.num_calls, arguments))
-            self.num_calls += 1
+            self.num_calls = self.num_whole = self.num_calls + 1
 
 
 class ForcedCallParser:
@@ -135,8 +147,8 @@ class ForcedCallParser:
     def __init__(self) -> None:
         self._head = ""
         self._value: _ValueScanner | None = None
-        self._is_past = False
-        self.num_calls = 0
+        self.num_calls = self.num_whole = 0
+        self.is_cut = True  # until the list is closed
 
     def feed(self, text: str) -> list[Part]:
         """Return the calls that begin in this text, and what it adds to their arguments."""
@@ -154,7 +166,9 @@ class ForcedCallParser:
         """Take text up to where the arguments of a call begin; return the rest."""
         for at, char in enumerate(text):
             self._head += char
-            if char in "[{":
+            if char == "]":
+                self.is_cut = False  # no name has one
+            elif char in "[{":
                 name = _name_of(self._head[:-1])
                 if name is not None:
                     parts.append(Call(self.num_calls, name))
@@ -170,6 +184,7 @@ class ForcedCallParser:
             parts.append(Arguments(self.num_calls - 1, text[:end]))
         if self._value.is_over:
             self._value = None
+            self.num_whole += 1
         return text[end:]
 
 

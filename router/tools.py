@@ -19,6 +19,8 @@ from msgspec import Meta
 
 from protocol.errors import InvalidRequest
 from protocol.request import MAX_GRAMMAR_BYTES, Grammar, GrammarKind
+from router import exact_json
+from router.schema_document import Document
 
 MAX_TOOLS: Final = 128
 MAX_DEPTH: Final = 64
@@ -28,8 +30,6 @@ FunctionName = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za
 # Of calls in one forced answer: a small model might never end the list.
 MAX_CALLS: Final = 16
 _NO_ARGUMENTS: Final[dict[str, Any]] = {"type": "object", "properties": {}, "additionalProperties": False}
-# What stands under these names in a schema is data, whatever it looks like.
-_PLAIN_DATA: Final = frozenset({"const", "enum", "default", "examples"})
 
 _PROMPT: Final = """You may call one or more functions to help with the user's request.
 
@@ -77,11 +77,14 @@ class NamedToolChoice(msgspec.Struct, frozen=True, kw_only=True):
 ToolChoice = Literal["none", "auto", "required"] | NamedToolChoice
 
 
+WrittenArguments = Annotated[str, Meta(max_length=1 << 20)] | dict[str, Any] | list[Any] | None
+
+
 class CalledFunction(msgspec.Struct, frozen=True, kw_only=True):
-    """What was called, and with which arguments: an object written as JSON."""
+    """What was called, and with which arguments: an object written as JSON, or whatever else the model made of it."""
 
     name: FunctionName
-    arguments: Annotated[str, Meta(max_length=1 << 20)]
+    arguments: WrittenArguments = None
 
 
 class ToolCallMessage(msgspec.Struct, frozen=True, kw_only=True):
@@ -119,12 +122,12 @@ class ToolUse:
         """Return what the answer must obey: a list of objects with name and arguments; None if it is free.
 
         Raises:
-            InvalidRequest: the schemas are too large.
+            InvalidRequest: the schemas are too large, or refer to what is not in them.
         """
         if not self.is_forced:
             return None
-        text = json.dumps(self._schema(), ensure_ascii=False)
-        if len(text.encode("utf-8", "replace")) > MAX_GRAMMAR_BYTES:
+        text = exact_json.encode(self._schema()).decode()
+        if len(text.encode()) > MAX_GRAMMAR_BYTES:
             raise InvalidRequest(f"tools: their schemas take more than {MAX_GRAMMAR_BYTES} bytes", "tools")
         return Grammar(kind=GrammarKind.JSON_SCHEMA, text=text)
 
@@ -134,7 +137,8 @@ class ToolUse:
         for i, function in enumerate(self.functions):
             # The whole schema lies under a name of its own, and what it refers to in itself is found there.
             name = f"arguments_{i}"
-            definitions[name] = {"type": "object", **_moved(function.parameters or _NO_ARGUMENTS, f"#/$defs/{name}")}
+            document = Document(function.parameters or _NO_ARGUMENTS, "tools")
+            definitions[name] = {"type": "object", **document.moved(f"#/$defs/{name}")}
             properties = {"name": {"const": function.name}, "arguments": {"$ref": f"#/$defs/{name}"}}
             calls.append(
                 {
@@ -178,20 +182,20 @@ def tool_use(
     return ToolUse(named, is_forced=True, is_parallel=False)
 
 
-def arguments_of(call: CalledFunction, where: str) -> dict[str, Any]:
-    """Return the arguments of a past call.
+def arguments_of(call: CalledFunction) -> Any:
+    """Return the arguments of a past call: an object if they are one; what is no JSON, or too deep, as its text.
 
-    Raises:
-        InvalidRequest: they are no JSON object.
+    The model made them and its client hands them back, so that they are nothing to be refused.
     """
+    written = call.arguments
+    if not isinstance(written, str):
+        written = exact_json.encode(written or {}).decode()
     try:
-        found = msgspec.json.decode(call.arguments or "{}")
-    except (msgspec.DecodeError, RecursionError, UnicodeEncodeError) as error:
-        raise InvalidRequest(f"{where}.function.arguments: not valid JSON: {error}", "messages") from error
-    if not isinstance(found, dict):
-        raise InvalidRequest(f"{where}.function.arguments: must be a JSON object", "messages")
-    check_depth(found, f"{where}.function.arguments", "messages")
-    return found
+        found = msgspec.json.decode(written or "{}")
+        check_depth(found, "arguments", "messages")
+    except (msgspec.DecodeError, RecursionError, UnicodeEncodeError, InvalidRequest):
+        return written
+    return {} if found is None else found
 
 
 def check_depth(value: Any, name: str, param: str, max_depth: int = MAX_DEPTH) -> None:
@@ -243,8 +247,10 @@ def _with_system(messages: list[dict[str, Any]], text: str) -> list[dict[str, An
 
 
 def _written(function: dict[str, Any]) -> str:
-    call = json.dumps({"name": function["name"], "arguments": function["arguments"]}, ensure_ascii=False)
-    return f"<tool_call>\n{call}\n</tool_call>"
+    arguments = function["arguments"]
+    told = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    name = json.dumps(function["name"])
+    return f'<tool_call>\n{{"name": {name}, "arguments": {told}}}\n</tool_call>'
 
 
 def _functions(tools: Sequence[ToolDefinition]) -> tuple[FunctionDefinition, ...]:
@@ -269,27 +275,8 @@ def _plain(function: FunctionDefinition) -> dict[str, Any]:
     plain: dict[str, Any] = {"name": function.name}
     if function.description is not None:
         plain["description"] = function.description
-    plain["parameters"] = _arguments_schema(function)
+    plain["parameters"] = exact_json.as_doubles(function.parameters or {"type": "object", "properties": {}})
     return plain
-
-
-def _arguments_schema(function: FunctionDefinition) -> dict[str, Any]:
-    return function.parameters or {"type": "object", "properties": {}}
-
-
-def _moved(schema: Any, to: str) -> Any:
-    """Return a schema whose references to itself find it where it is moved to."""
-    if isinstance(schema, list):
-        return [_moved(item, to) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    moved = {}
-    for key, value in schema.items():
-        if key == "$ref" and isinstance(value, str) and value.startswith("#"):
-            moved[key] = to + value[1:]
-        else:
-            moved[key] = value if key in _PLAIN_DATA else _moved(value, to)
-    return moved
 
 
 def _inside(value: Any) -> Sequence[Any]:

@@ -57,7 +57,7 @@ VALID: dict[str, dict[str, Any]] = {
         "top_logprobs": 2,
         "tools": [TOOL],
         "tool_choice": "auto",
-        "stream_options": {"include_usage": True},
+        "stream_options": None,
         "response_format": {"type": "text"},
         "chat_template_kwargs": {"x": 1},
     },
@@ -134,6 +134,15 @@ def _raw(text: str) -> bytes:
 def _chat(**fields: Any) -> bytes:
     body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1, **fields}
     return json.dumps(body).encode()
+
+
+def _schema(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}}
+
+
+def _forced(parameters: dict[str, Any]) -> dict[str, Any]:
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    return {"tools": [tool], "tool_choice": "required"}
 
 
 def _deep(num_levels: int, opening: bytes = b"[", closing: bytes = b"]") -> bytes:
@@ -221,6 +230,40 @@ _FIELDS: tuple[tuple[str, dict[str, Any]], ...] = (
     (
         "schema",
         {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nonsense"}}}},
+    ),
+    ("schema beside text", {"response_format": {"type": "text", "schema": {"type": "object"}}}),
+    (
+        "two schemas",
+        {"response_format": {"type": "json_object", "schema": {}, "json_schema": {"name": "x", "schema": {}}}},
+    ),
+    ("reference", _schema({"$ref": "#/$defs/nowhere"})),
+    ("reference abroad", _schema({"$id": "https://example.com/a", "$ref": "b.json"})),
+    (
+        "reference by chance",
+        _schema({"$dynamicRef": "#a", "$defs": {"x": {"$dynamicAnchor": "a"}, "y": {"$dynamicAnchor": "a"}}}),
+    ),
+    ("reference of a tool", _forced({"properties": {"default": {"$ref": "#/$defs/enum"}}})),
+    ("large constant", _schema({"const": 9007199254740993})),
+    ("large constant within", _schema({"enum": [{"a": [1234567890123456789]}]})),
+    ("large constant of a tool", _forced({"properties": {"a": {"const": 9007199254740993}}, "required": ["a"]})),
+    ("no integer", _schema({"type": "integer", "minimum": 9007199254740993, "maximum": 9007199254740993})),
+    ("no number", _schema({"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 0})),
+    ("no multiple", _schema({"type": "number", "multipleOf": 0})),
+    ("unique", _schema({"type": "array", "uniqueItems": True})),
+    ("properties", _schema({"type": "object", "minProperties": 5})),
+    ("boundary", {"guided_regex": r"\bword\b"}),
+    ("stream options", {"stream_options": {"include_usage": True}}),
+    ("no stream options", {"stream_options": {}, "stream": False}),
+    (
+        "arguments",
+        {
+            "messages": [
+                {
+                    "role": "assistant",
+                    "tool_calls": [{"id": "c", "type": "function", "function": {"name": "f", "arguments": 5}}],
+                }
+            ]
+        },
     ),
     ("two ways", {"guided_regex": "a", "guided_choice": ["a"]}),
     ("regex", {"guided_regex": "(" * 50}),

@@ -311,3 +311,11 @@ def test_readouts_never_starve_under_a_flood_of_first_tokens() -> None:
         if scheduler.get(1) is None:
             break
     assert scheduler.get(1) is None
+
+
+def test_a_prompt_that_fills_the_context_is_read_and_no_longer_one(native: LoadedModel) -> None:
+    prompt = [3 + i % 200 for i in range(native.max_model_len)]
+    ready = Bench(native, _host, 64).read(1, prompt, ReadPrompt(num_top=0))
+    assert ready.prompt is not None and ready.prompt.num_rows == len(prompt) - 1
+    assert refusal_of(_message(2, [*prompt, 3], ReadPrompt(num_top=0)), native)
+    assert refusal_of(_message(2, prompt, None), native), "a token must follow"

@@ -140,6 +140,28 @@ def test_stops_and_stream_options_arrive(intake: Intake) -> None:
     assert not chat(intake, stream=True).has_usage
 
 
+@pytest.mark.parametrize("options", [{}, {"include_usage": True}])
+def test_stream_options_are_for_streams(intake: Intake, options: dict[str, Any]) -> None:
+    for asked in (chat, complete):
+        for fields in ({}, {"stream": False}, {"stream": None}):
+            with pytest.raises(InvalidRequest) as caught:
+                asked(intake, stream_options=options, **fields)
+            assert str(caught.value) == "The 'stream_options' parameter is only allowed when 'stream' is enabled."
+            assert caught.value.param == "stream_options"
+        assert asked(intake, stream_options=None)
+
+
+def test_a_prompt_that_nothing_follows_may_fill_the_context(intake: Intake) -> None:
+    for fields in ({"echo": True}, {"echo": True, "logprobs": 1}, {"prompt_logprobs": 0}):
+        job = complete(intake, prompt=[9] * 64, max_tokens=0, **fields)
+        assert job.is_prompt_only and len(job.prompts[0].token_ids) == 64
+    job = complete(intake, prompt=[9] * 70, max_tokens=0, echo=True, truncate_prompt_tokens=-1)
+    assert len(job.prompts[0].token_ids) == 64
+    for num_tokens, more in ((64, {"max_tokens": 1}), (64, {}), (65, {"max_tokens": 0})):
+        with pytest.raises(ContextTooLong):
+            complete(intake, prompt=[9] * num_tokens, echo=True, **more)
+
+
 def test_echo_keeps_the_text_of_the_prompt(intake: Intake) -> None:
     assert complete(intake, prompt=["the", "x"], echo=True).prompts[0].echo == "the"
     assert complete(intake, prompt=byte_ids("yz"), echo=True).prompts[0].echo == "yz"

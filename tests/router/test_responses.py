@@ -154,6 +154,15 @@ async def test_a_whole_answer_with_a_call(stage: Stage) -> None:
     assert call.type == "function_call" and call.name == "look" and json.loads(call.arguments) == {"at": "x"}
 
 
+async def test_numbers_of_a_schema_come_back_as_they_were(stage: Stage) -> None:
+    prefill, _ = await stage.pair(**ROOM)
+    bounds = {"type": "object", "properties": {"a": {"minimum": 0.1, "maximum": 9007199254740993, "multipleOf": 1e-7}}}
+    body = {"model": "m", "input": "x", "tools": [{"type": "function", "name": "f", "parameters": bounds}]}
+    asked = asyncio.create_task(stage.post(PATH, body))
+    await prefill.first(2, STOP)
+    assert (await asked)[1]["tools"][0]["parameters"] == bounds
+
+
 async def test_events_of_a_text(stage: Stage) -> None:
     events = await streamed(stage, {"input": "hi"}, "ab")
     assert [event["type"].removeprefix("response.") for event in events] == [

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from protocol.errors import GrammarError, InvalidRequest
+from protocol.errors import GrammarError, InvalidRequest, NotReady
 from protocol.request import Grammar, GrammarKind
 from protocol.wire import Reserve
 from router.api import ChatRequest, CompletionRequest, parse
@@ -201,12 +201,10 @@ async def test_a_child_that_dies_or_hangs_takes_nobody_along(
 ) -> None:
     await checks.check(Grammar(kind=REGEX, text="a"))
     os.kill(checks._free[-1]._process.pid, signal.SIGKILL)
-    with pytest.raises(GrammarError, match="too much time or memory"):
-        await checks.check(Grammar(kind=REGEX, text="b"))
-    assert await checks.check(Grammar(kind=REGEX, text="c")), "the next child is there"
+    assert await checks.check(Grammar(kind=REGEX, text="b")), "the next child is asked"
     monkeypatch.setattr("router.grammar_checks.CHECK_BUDGET_S", 0.2)
     os.kill(checks._free[-1]._process.pid, signal.SIGSTOP)
-    with pytest.raises(GrammarError, match="too much time or memory"):
+    with pytest.raises(NotReady):
         await checks.check(Grammar(kind=REGEX, text="d"))
     monkeypatch.undo()
     assert await checks.check(Grammar(kind=REGEX, text="e"))
@@ -215,7 +213,7 @@ async def test_a_child_that_dies_or_hangs_takes_nobody_along(
 async def test_a_model_without_vocabulary_says_so(tmp_path: Path) -> None:
     checks = GrammarChecks(str(tmp_path))
     try:
-        with pytest.raises(GrammarError, match="no tokenizer.json"):
+        with pytest.raises(NotReady, match="no tokenizer.json"):
             await checks.check(Grammar(kind=REGEX, text="a"))
     finally:
         await checks.close()

@@ -68,6 +68,15 @@ def test_a_template_without_tools_gets_them_in_the_system_message(tokenizer: Tok
     assert plain == prompt(tokenizer, tools=[TOOL], tool_choice="none") == prompt(tokenizer, tools=[])
 
 
+def test_numbers_of_parameters_are_told_as_they_are(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    bounds = {"type": "number", "minimum": 0.1, "maximum": 1e21, "multipleOf": 9007199254740993}
+    tool = {"type": "function", "function": {"name": "look", "parameters": {"properties": {"at": bounds}}}}
+    told = prompt(tokenizer, tools=[tool]).partition("<tools>\n")[2].partition("\n</tools>")[0]
+    assert json.loads(told) == tool
+    knowing = Tokenizer(byte_level_gguf(tmp_path / "knowing.gguf", chat_template=KNOWING))
+    assert json.loads(prompt(knowing, tools=[tool]).partition("<|start|>")[0]) == [tool]
+
+
 def test_past_calls_and_results_are_written_where_the_template_cannot(tokenizer: Tokenizer) -> None:
     assert prompt(tokenizer, messages=PAST) == (
         '<|start|>user: hi<|stop|><|start|>assistant: <tool_call>\n{"name": "look", "arguments": {"at": "x"}}\n'
@@ -82,6 +91,37 @@ def test_a_template_that_knows_tools_is_given_them(tmp_path: Path) -> None:
     text = prompt(tokenizer, messages=PAST, tools=[TOOL])
     assert text.startswith(json.dumps([TOOL]) + "<|start|>user: hi<|stop|>")
     assert "<|start|>assistant: [look x][look ]<|stop|><|start|>tool: seen<|stop|>" in text
+
+
+# What a model once made of its arguments, and how it is told again.
+MALFORMED: list[tuple[Any, str]] = [
+    ('{"at": "x"', '{"at": "x"'),
+    ("x, please", "x, please"),
+    ("[1, 2]", "[1, 2]"),
+    ("5", "5"),
+    ("", "{}"),
+    ("null", "{}"),
+    (None, "{}"),
+    ([1], "[1]"),
+    ({"at": 0.5}, '{"at": 0.5}'),
+    ("[" * 100 + "]" * 100, "[" * 100 + "]" * 100),
+    ('{"a": 1e999}', '{"a": 1e999}'),
+    ('"\\ud800"', '"\\ud800"'),
+]
+
+
+@pytest.mark.parametrize(("arguments", "told"), MALFORMED)
+def test_malformed_arguments_of_the_past_are_told_as_they_are(
+    tokenizer: Tokenizer, tmp_path: Path, arguments: Any, told: str
+) -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "look", "arguments": arguments}}
+    messages = [*HI, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    assert f'<tool_call>\n{{"name": "look", "arguments": {told}}}\n</tool_call>' in prompt(tokenizer, messages=messages)
+    for template in (KNOWING, KNOWING.replace("c.function.arguments.at", "c.function.arguments | items | list")):
+        knowing = Tokenizer(byte_level_gguf(tmp_path / "knowing.gguf", chat_template=template))
+        assert "<|start|>assistant: [look " in prompt(knowing, messages=messages, tools=[TOOL])
+    del call["function"]["arguments"]  # type: ignore[attr-defined]
+    assert '"arguments": {}}' in prompt(tokenizer, messages=messages)
 
 
 def test_the_last_message_is_continued(tokenizer: Tokenizer) -> None:
@@ -106,9 +146,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"messages": [{"role": "tool", "content": "x"}]}, "messages"),
     ({"messages": [{**CALLING, "role": "user", "content": "x"}]}, "messages"),
     ({"messages": [{"role": "assistant", "tool_calls": [
-        {"id": "1", "type": "function", "function": {"name": "a", "arguments": "[1]"}}]}]}, "messages"),
-    ({"messages": [{"role": "assistant", "tool_calls": [
-        {"id": "1", "type": "function", "function": {"name": "a", "arguments": "{"}}]}]}, "messages"),
+        {"id": "1", "type": "function", "function": {"name": "a", "arguments": 5}}]}]}, "messages"),
     ({"messages": [*HI, {"role": "assistant", "content": None}], "continue_final_message": True}, "messages"),
 ]  # fmt: skip
 
