@@ -33,9 +33,10 @@ from engine.block_pool import BlockPool, PoolWatch
 from engine.compute_loop import ComputeLoop
 from engine.decode_runner import DecodeRunner
 from engine.execution import open_decode_runner, phases_agree, stays_on_device
+from engine.grammar import GrammarSettled
 from engine.loading import LoadedModel, load, pin_process
 from engine.local_handoff import LocalLink, OnePool
-from engine.placement import Placing, refusal_of
+from engine.placement import Failure, Placing, refusal_of
 from engine.sequence import Sequence
 from engine.service import WorkerService, drain_on_signals, new_registration
 from kvtransfer.receiving import ReceiveSide
@@ -50,7 +51,6 @@ from protocol.wire import (
     Prefill,
     Reserve,
     Role,
-    TransferFailed,
     WorkerStats,
 )
 
@@ -71,7 +71,9 @@ class DecodeWorker:
         self._model = model
         self._compute = compute
         self._open_transfers: set[int] = set()
-        self._placing: Placing[Reserve] = Placing(model, self._is_held, self._fail)
+        self._placing: Placing[Reserve] = Placing(
+            model, self._is_held, self._fail, lambda: compute.post(self._stepper, GrammarSettled())
+        )
         self._receiving: ReceiveSide | None = None
         self._link: LocalLink | ReceiveSide
         registration = new_registration(
@@ -183,8 +185,8 @@ class DecodeWorker:
         return self._compute.progress
 
     def has_work(self) -> bool:
-        """Whether a sequence is running; one that awaits its KV is no work of the compute thread."""
-        return self._stepper.num_running > 0
+        """Whether a sequence is running; one that awaits its KV or its grammar is no work of the compute thread."""
+        return self._stepper.num_running > self._stepper.num_behind
 
     # --- from compute and transfer ---
 
@@ -200,7 +202,7 @@ class DecodeWorker:
             self._decline(emission.transfer_id, emission.reason)
         elif isinstance(emission, Abandoned):
             if emission.failure is not None:
-                self._tell_failed(emission.transfer_id, emission.failure)
+                self.service.tell(emission.transfer_id, emission.failure.message(emission.transfer_id))
             self.service.release(emission.transfer_id)
         else:
             self.service.tell(emission.transfer_id, Preempted(transfer_id=emission.transfer_id))
@@ -220,19 +222,15 @@ class DecodeWorker:
 
     def _on_transfer_failed(self, transfer_id: int, reason: str) -> None:
         self._open_transfers.discard(transfer_id)
-        self._tell_failed(transfer_id, reason)
-        self.service.release(transfer_id)
+        self._fail(transfer_id, Failure(reason))
         self._compute.post(self._stepper, DropSequence(transfer_id))
 
     def _is_held(self, transfer_id: int) -> bool:
         return self.service.holds(transfer_id)
 
-    def _fail(self, transfer_id: int, reason: str) -> None:
-        self._tell_failed(transfer_id, reason)
+    def _fail(self, transfer_id: int, failure: Failure) -> None:
+        self.service.tell(transfer_id, failure.message(transfer_id))
         self.service.release(transfer_id)
-
-    def _tell_failed(self, transfer_id: int, reason: str) -> None:
-        self.service.tell(transfer_id, TransferFailed(transfer_id=transfer_id, reason=reason[:4000]))
 
     def _decline(self, transfer_id: int, reason: str) -> None:
         self.service.tell(transfer_id, Declined(transfer_id=transfer_id, reason=reason[:4000]))

@@ -1,15 +1,33 @@
-"""llguidance behind `engine.grammar`: no dependencies, compiles in a millisecond, masks in about ten microseconds."""
+"""llguidance behind `engine.grammar`: no dependencies, compiles in a millisecond, masks in about ten microseconds.
+
+What is asked for apart is done by a thread of the library's own, made with the first such call:
+
+1. It holds no lock of the interpreter while it works, neither for a mask nor for a token (called directly, the library
+   keeps the lock for a token, and a compute thread that wants it would wait).
+2. It runs at idle priority, on any core that this process was given: on what others leave of it.
+3. Its clock is read by its thread id, which is found by the name that threads inherit from whoever starts them.
+"""
 
 from __future__ import annotations
 
+import threading
+import time
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
 
-from llguidance import LLMatcher
+import numpy as np
+from llguidance import LLExecutor, LLMatcher, LLTokenizer
 
 from engine.grammar import Matcher, Words
+from engine.grammar_threads import make_idle
 from protocol.guidance import compile_matcher, open_tokenizer, require_sound
 from protocol.request import Grammar
 from protocol.vocabulary import TokenBytes
+
+_TASKS: Final = Path("/proc/self/task")
+_NAME: Final = "grammar-idle"  # at most 15 characters are kept of it
 
 
 class LlguidanceBackend:
@@ -26,32 +44,95 @@ class LlguidanceBackend:
 
     def __init__(self, vocabulary: TokenBytes, vocab_size: int) -> None:
         self._tokenizer = open_tokenizer(vocabulary, vocab_size)
+        self._apart = _Apart(self._tokenizer, -(-vocab_size // 32))
 
     def compile(self, grammar: Grammar) -> _Compiled:
         """Compile; see `GrammarBackend`."""
-        return _Compiled(compile_matcher(self._tokenizer, grammar))
+        return _Compiled(compile_matcher(self._tokenizer, grammar), self._apart)
 
 
 @dataclass(frozen=True, slots=True)
 class _Compiled:
     pristine: LLMatcher
+    apart: _Apart
 
     def matcher(self) -> Matcher:
-        """Return a copy at the beginning; copies share what the lexer has learnt."""
-        return _Matcher(self.pristine.deep_copy())
+        """Return a copy at the beginning, with a lexer of its own: what one sequence meets costs no other."""
+        return _Matcher(self.pristine.deep_copy(), self.apart)
 
 
 @dataclass(frozen=True, slots=True)
 class _Matcher:
     matcher: LLMatcher
+    apart: _Apart
 
-    def fill(self, words: Words) -> None:
-        self.matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+    def fill(self, words: Words, apart: bool = False) -> None:
+        if apart:
+            self.apart.fill(self.matcher, words)
+        else:
+            self.matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
         require_sound(self.matcher)
 
-    def accept(self, token_id: int) -> None:
-        if not self.matcher.consume_token(token_id):
+    def accept(self, token_id: int, apart: bool = False) -> None:
+        taken = self.apart.accept(self.matcher, token_id) if apart else self.matcher.consume_token(token_id)
+        if not taken:
             require_sound(self.matcher)
 
     def may_end(self) -> bool:
         return self.matcher.is_accepting()
+
+    def cpu_s(self, apart: bool = False) -> float:
+        return self.apart.cpu_s() if apart else time.thread_time()
+
+
+class _Apart:
+    """A thread of the library's, of idle priority; used by one caller at a time."""
+
+    def __init__(self, tokenizer: LLTokenizer, num_words: int) -> None:
+        # The library hands over to its thread only what has company: a matcher that has failed already costs nothing.
+        self._company = LLMatcher(tokenizer, "start: nothing", log_level=0)
+        self._words = np.zeros((2, num_words), np.int32)
+        self._executor: LLExecutor | None = None
+        self._clock_id: int | None = None
+
+    def fill(self, matcher: LLMatcher, words: Words) -> None:
+        """Write a mask."""
+        pairs = [(matcher, 0), (self._company, 1)]
+        self._opened().unsafe_compute_mask_ptr(pairs, self._words.ctypes.data, words.nbytes, len(pairs))
+        words[:] = self._words[0]
+
+    def accept(self, matcher: LLMatcher, token_id: int) -> bool:
+        """Take a token; return whether it was allowed."""
+        return bool(self._opened().consume_token_par([(matcher, token_id), (self._company, token_id)])[0])
+
+    def cpu_s(self) -> float:
+        """Return the thread's clock; of wall time where it cannot be read."""
+        self._opened()
+        return time.monotonic() if self._clock_id is None else time.clock_gettime(self._clock_id)
+
+    def _opened(self) -> LLExecutor:
+        if self._executor is None:
+            starter = threading.Thread(target=self._open, name=_NAME)
+            starter.start()
+            starter.join()
+            assert self._executor is not None
+        return self._executor
+
+    def _open(self) -> None:
+        mine = threading.get_native_id()
+        with suppress(OSError):
+            (_TASKS / str(mine) / "comm").write_text(_NAME)
+        self._executor = LLExecutor(num_threads=1)
+        for thread_id in _threads_named(_NAME):
+            if thread_id != mine:
+                make_idle(thread_id)
+                self._clock_id = ((~thread_id) << 3) | 6  # Linux's name for the CPU clock of a thread by its id
+
+
+def _threads_named(name: str) -> list[int]:
+    found = []
+    for task in _TASKS.iterdir() if _TASKS.is_dir() else ():
+        with suppress(OSError):
+            if (task / "comm").read_text().strip() == name:
+                found.append(int(task.name))
+    return found

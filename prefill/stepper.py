@@ -5,6 +5,8 @@ prefix cache holds already is `CellsReady` at once. 3. While the model runs, eac
 so that the event loop pushes it beside the computation. 4. The last chunk yields `FirstTokenReady`. 5. `TransferEnded`
 lets the blocks go.
 
+A first token whose grammar is slow is told once that has worked it off (`GrammarSettled`); its blocks wait with it.
+
 A readout has neither receiver nor first token: its last chunk yields `ReadingsReady`, and its blocks go at once.
 
 Where decode works in the same pool, nothing is sent: with its first token a prompt's blocks are handed to the decode
@@ -23,7 +25,8 @@ from dataclasses import dataclass
 
 from engine.batch import BatchItem
 from engine.block_pool import BlockPool, PoolCounts, PoolWatch
-from engine.grammar import finish_reason
+from engine.grammar import GrammarSettled, ended, follow
+from engine.placement import Failure
 from engine.pooling import Pool
 from engine.reading import Reading, join
 from engine.runner import BatchRunner
@@ -31,7 +34,7 @@ from engine.sampler import Sampled
 from prefill.scheduler import JobState, PrefillJob, PrefillScheduler
 from protocol.handoff import SendRange
 from protocol.readout import PromptLogprobs, ReadEmbedding
-from protocol.request import TokenRow
+from protocol.request import FinishReason, TokenRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +58,7 @@ class TransferEnded:
     transfer_id: int
 
 
-PrefillEvent = Submit | AbortJob | TransferEnded
+PrefillEvent = Submit | AbortJob | TransferEnded | GrammarSettled
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +94,7 @@ class PromptFailed:
     """Emission: the prompt's first token could not be chosen, since its grammar failed."""
 
     transfer_id: int
-    reason: str
+    failure: Failure
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +121,16 @@ class PrefillCounters:
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
     step_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Untold:
+    """A first token that waits for its grammar, and why its sequence ends with it but for that."""
+
+    job: PrefillJob
+    item: BatchItem
+    result: Sampled
+    reason: FinishReason | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +173,7 @@ class PrefillStepper:
         self._layer_push_min_tokens = layer_push_min_tokens
         self._max_model_len = max_model_len
         self._due: deque[tuple[Callable[[], bool], Callable[[], None]]] = deque()
+        self._behind: list[_Untold] = []
         self._num_in_flight = 0
         self._landed_s = 0.0
         self.counters = PrefillCounters()
@@ -186,8 +200,8 @@ class PrefillStepper:
         elif isinstance(event, AbortJob):
             self._scheduler.abort(event.transfer_id)
             if self._scheduler.taker is not None:
-                self._scheduler.taker.abandon(event.transfer_id, "its prompt was aborted")
-        else:
+                self._scheduler.taker.abandon(event.transfer_id, Failure("its prompt was aborted"))
+        elif isinstance(event, TransferEnded):
             self._scheduler.transfer_ended(event.transfer_id)
         self._publish()
 
@@ -199,6 +213,8 @@ class PrefillStepper:
     def step(self) -> bool:
         """Say what is due and launch the next chunks."""
         spoke = self._speak()
+        if self._behind:
+            spoke |= self._catch_up()
         if self._num_in_flight == self._runner.depth:
             return spoke
         begin_s = time.monotonic()
@@ -235,8 +251,9 @@ class PrefillStepper:
                 if job.sequence.readout is not None:
                     self._read(job, item, result)
                 elif isinstance(result, Sampled):
-                    self._finish(job, result)
-            self._scheduler.landed(items)  # may let go of blocks: only after they have been handed over
+                    self._finish(job, item, result)
+            # May let go of blocks: only after they have been handed over.
+            self._scheduler.landed(self._without_behind(items))
             now_s = time.monotonic()
             self.counters.num_steps += 1
             self.counters.num_computed_tokens += num_tokens
@@ -297,15 +314,36 @@ class PrefillStepper:
             cells = SendRange(push.first_block, push.num_blocks, first_layer, num_layers)
             self._say(CellsReady(push.transfer_id, cells))
 
-    def _finish(self, job: PrefillJob, result: Sampled) -> None:
-        seq, now_s = job.sequence, time.monotonic()
+    def _finish(self, job: PrefillJob, item: BatchItem, result: Sampled) -> None:
+        seq = job.sequence
         room_tokens = self._max_model_len - seq.num_prefill_tokens - 1
-        index = seq.num_output_tokens
-        reason = finish_reason(seq.sampling, seq.grammar, result.token_id, index + 1, room_tokens)
+        reason = follow(seq.sampling, seq.grammar, result.token_id, seq.num_output_tokens + 1, room_tokens)
+        if seq.grammar is None or seq.grammar.is_settled:
+            self._tell(job, result, reason)
+        else:
+            self._behind.append(_Untold(job, item, result, reason))
+
+    def _without_behind(self, items: list[BatchItem]) -> list[BatchItem]:
+        behind = [untold.item for untold in self._behind]
+        return [item for item in items if all(item is not other for other in behind)] if behind else items
+
+    def _catch_up(self) -> bool:
+        """Tell the first tokens that slow grammars have worked off meanwhile; False if there are none."""
+        settled = [u for u in self._behind if u.job.sequence.grammar is None or u.job.sequence.grammar.is_settled]
+        for untold in settled:
+            self._behind.remove(untold)
+            if untold.job.state is not JobState.ABORTED:
+                self._tell(untold.job, untold.result, untold.reason)
+            self._scheduler.landed([untold.item])
+        return bool(settled)
+
+    def _tell(self, job: PrefillJob, result: Sampled, reason: FinishReason | None) -> None:
+        seq, now_s = job.sequence, time.monotonic()
         if seq.grammar is not None and seq.grammar.failure is not None:
-            self._give_up(job, seq.grammar.failure)
+            self._give_up(job, Failure(f"grammar: {seq.grammar.failure}", is_of_grammar=True))
             return
-        row = TokenRow(seq.request_id, seq.epoch, index, result.token_id, reason, result.logprobs)
+        reason = ended(seq.grammar, reason)
+        row = TokenRow(seq.request_id, seq.epoch, seq.num_output_tokens, result.token_id, reason, result.logprobs)
         queue_s, prefill_s = job.started_s - job.arrived_s, now_s - job.started_s
         self._emit(FirstTokenReady(job.transfer_id, row, job.num_cached_tokens, queue_s, prefill_s))
         taker = self._scheduler.taker
@@ -314,11 +352,11 @@ class PrefillStepper:
         elif taker is not None:
             taker.abandon(job.transfer_id, None)
 
-    def _give_up(self, job: PrefillJob, reason: str) -> None:
+    def _give_up(self, job: PrefillJob, failure: Failure) -> None:
         self._scheduler.abort(job.transfer_id)
-        self._emit(PromptFailed(job.transfer_id, reason))
+        self._emit(PromptFailed(job.transfer_id, failure))
         if self._scheduler.taker is not None:
-            self._scheduler.taker.abandon(job.transfer_id, reason)
+            self._scheduler.taker.abandon(job.transfer_id, failure)
 
     def _read(self, job: PrefillJob, item: BatchItem, result: Sampled | Reading | None) -> None:
         """Keep what a chunk of a readout gave; tell all of it with the last."""

@@ -14,6 +14,7 @@ History of WIRE_VERSION (raise it when an old peer would misread a new message):
     2  peers: staging and checksum are agreed on; each end says Tested before the connection is used
     3  a prompt may be followed by what was emitted before, computed by prefill: FirstToken is the token after that
     4  sampling may carry a grammar, and a prompt may be computed for a readout: an old worker would ignore both
+    5  a grammar that failed is told by a message of its own, which an old router would close the connection for
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from protocol.kv_layout import KVFingerprint, Staging
 from protocol.readout import MAX_EMBEDDING_FLOATS, MAX_LABELS, EmbeddingCard, PromptLogprobs, Readout
 from protocol.request import SamplingParams, TokenId, TokenRow
 
-WIRE_VERSION = 4
+WIRE_VERSION = 5
 MAX_MESSAGE_BYTES = 8 << 20
 MAX_PROMPT_TOKENS = 1 << 20
 MAX_STRING_BYTES = 1 << 16
@@ -199,6 +200,13 @@ class Preempted(Message, frozen=True, kw_only=True):
 
 class TransferFailed(Message, frozen=True, kw_only=True):
     """Either worker: the hand-off of this placement broke; it holds nothing of it any more."""
+
+    transfer_id: Id
+    reason: Text
+
+
+class GrammarFailed(Message, frozen=True, kw_only=True):
+    """Either worker: the grammar of this request failed, as it would anywhere; the worker holds nothing of it."""
 
     transfer_id: Id
     reason: Text
@@ -382,7 +390,18 @@ class PeerAbort(Message, frozen=True, kw_only=True):
 
 
 HandshakeMessage = Challenge | Proof | Accept
-WorkerMessage = Register | Heartbeat | Links | FirstToken | Readings | Tokens | Declined | Preempted | TransferFailed
+WorkerMessage = (
+    Register
+    | Heartbeat
+    | Links
+    | FirstToken
+    | Readings
+    | Tokens
+    | Declined
+    | Preempted
+    | TransferFailed
+    | GrammarFailed
+)
 RouterMessage = Welcome | Dismissed | Pulse | Members | Reserve | Prefill | Abort | Drain
 PeerMessage = (
     PeerHello | PeerReady | PeerRefused | Tested | Credit | Grant | Piece | Commit | Landed | Resend | PeerAbort

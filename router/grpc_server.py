@@ -26,6 +26,7 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from protocol.errors import (
+    AnswerImpossible,
     BatonError,
     DeadlineExceeded,
     InvalidRequest,
@@ -70,6 +71,7 @@ _STATUS: Final[tuple[tuple[type[BatonError], grpc.StatusCode], ...]] = (
     (Unauthorized, grpc.StatusCode.UNAUTHENTICATED),
     (UnknownModel, grpc.StatusCode.NOT_FOUND),
     (RequestRejected, grpc.StatusCode.INVALID_ARGUMENT),
+    (AnswerImpossible, grpc.StatusCode.INVALID_ARGUMENT),
     (NotReady, grpc.StatusCode.UNAVAILABLE),
     (DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED),
     (RequestAborted, grpc.StatusCode.ABORTED),

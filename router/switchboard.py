@@ -20,12 +20,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from protocol.channel import Conversation
-from protocol.errors import NotReady, Overloaded, RequestFailed
+from protocol.errors import AnswerImpossible, NotReady, Overloaded, RequestFailed
 from protocol.timeline import Timeline
 from protocol.wire import (
     Declined,
     Dismissed,
     FirstToken,
+    GrammarFailed,
     Heartbeat,
     Links,
     Members,
@@ -336,14 +337,20 @@ class Switchboard:
                 self._run(self.dispatch.declined(key, message, now_s))
             case Preempted():
                 self._run(self.dispatch.preempted(key, message, now_s))
-            case TransferFailed():
-                log.warning("transfer failed, says %s: %s", key.worker_id, message.reason)
-                self._run(self.dispatch.transfer_failed(key, message, now_s))
+            case TransferFailed() | GrammarFailed():
+                self._run(self._failed(key, message, now_s))
             case Links():
                 self.registry.set_links(key, message.peers)
                 self._run(self.dispatch.tick(now_s))
             case Register():
                 self.lose(key, "it registered twice")
+
+    def _failed(self, key: WorkerKey, message: TransferFailed | GrammarFailed, now_s: float) -> list[Instruction]:
+        if isinstance(message, GrammarFailed):
+            log.info("a grammar failed, says %s: %s", key.worker_id, message.reason)
+            return self.dispatch.grammar_failed(key, message, now_s)
+        log.warning("transfer failed, says %s: %s", key.worker_id, message.reason)
+        return self.dispatch.transfer_failed(key, message, now_s)
 
     def lose(self, key: WorkerKey, reason: str) -> None:
         """Give up an instance of a worker: its connection is cut, what it held is placed again. Idempotent."""
@@ -466,7 +473,11 @@ class Switchboard:
                 self._metrics.finished(run.timeline, finished or reason)
                 run.session.end_choice()
             case Fail(_, error):
-                self._metrics.failed("not_ready" if isinstance(error, NotReady) else "placements")
+                if isinstance(error, AnswerImpossible):
+                    error.param = run.session.job.grammar_field or None
+                    self._metrics.grammar_failed()
+                else:
+                    self._metrics.failed("not_ready" if isinstance(error, NotReady) else "placements")
                 run.session.put(error)
             case Cancelled():
                 self._metrics.cancelled()

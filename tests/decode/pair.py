@@ -23,7 +23,7 @@ from engine.decode_runner import HostDecodeRunner
 from engine.grammar import GrammarBackend, GrammarState
 from engine.kv_cache import KVCache
 from engine.loading import LoadedModel
-from engine.placement import sequence_of
+from engine.placement import Failure, sequence_of
 from engine.runner import Runner
 from engine.sequence import Sequence
 from prefill.scheduler import PrefillJob, PrefillScheduler
@@ -66,7 +66,7 @@ class Pair:
         runner = HostDecodeRunner(Runner(model.decoder, self.decode_kv))
         self.decode = DecodeStepper(runner, self.decode_pool, scheduler, self.from_decode.append)
         self.grammars: GrammarBackend | None = None
-        self.failed: list[tuple[int, str | None]] = []
+        self.failed: list[tuple[int, Failure | None]] = []
         self.tokens: dict[int, list[int]] = {}
         self.reasons: dict[int, FinishReason | None] = {}
         self.rows: dict[int, list[TokenRow]] = {}
