@@ -4,15 +4,15 @@
 
     SETTLED ──accept(token): cheap so far──────────────────► SETTLED     mask() and is_over are those after the token
        │                                                       ▲
-       └──accept(token): slow so far──► on the lane ───────────┘         its sequence sits out steps meanwhile
+       └──accept(token): slow so far──► on a lane ─────────────┘         its sequence sits out steps meanwhile
        (either may end in FAILED: `failure` says why, and nothing more is asked)
 
 1. A state begins after the tokens that the client has: they are replayed when the placement comes, off the compute
    thread. So it follows its sequence across the hand-off, and from one worker to another when one dies.
 2. EOS tokens are the grammar's to allow: exactly where its output may end, unless the request ignores them.
 3. The sequence ends with the token after which only an end could follow; no EOS is computed for it.
-4. Each token's work is timed, in CPU time. Where it is dear on the average it is done apart, by a thread of idle
-   priority (`GrammarLane`); beyond `GrammarBudgets` the grammar fails.
+4. Each token's work is timed, in CPU time. Where it is dear on the average it is done by a thread of lower priority
+   (`Pace`, `GrammarLanes`); beyond `GrammarBudgets` the grammar fails.
 5. A library that gives up (too complex a state, a token that it did not allow, or no token left to allow) and a budget
    that is overrun leave a `failure`: the request ends with it, and nobody else's does.
 """
@@ -24,6 +24,7 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from functools import partial
 from typing import Final, Protocol
 
@@ -44,27 +45,37 @@ class GrammarBudgets:
     """What the grammar of one sequence may cost, in seconds of CPU time per token.
 
     Attributes:
-        slow_s: moving mean from which its work is done apart from the compute thread.
+        slow_s: moving mean from which its work is done aside from the compute thread.
+        heavy_s: moving mean from which it gets only what everything else leaves of the machine.
         mean_s: moving mean from which it fails.
         worst_s: of a single token, from which it fails.
     """
 
     slow_s: float = 0.5e-3
+    heavy_s: float = 3e-3
     mean_s: float = 20e-3
     worst_s: float = 200e-3
+
+
+class Pace(IntEnum):
+    """Who works for a grammar: its caller, a thread of low priority, or one that runs only when nobody else would."""
+
+    HERE = 0
+    ASIDE = 1
+    IDLE = 2
 
 
 class Matcher(Protocol):
     """Where one output stands in its grammar. Used by one thread at a time.
 
-    With `apart` a call is done by a thread of idle priority, where the library has one; other threads run meanwhile.
+    Where the library has threads of its own a call is done at the pace that it asks for, while other threads run.
     """
 
-    def fill(self, words: Words, apart: bool = False) -> None:
+    def fill(self, words: Words, pace: Pace = Pace.HERE) -> None:
         """Write which tokens may come next, an EOS or not. Raises GrammarError where the library gives up."""
         ...
 
-    def accept(self, token_id: int, apart: bool = False) -> None:
+    def accept(self, token_id: int, pace: Pace = Pace.HERE) -> None:
         """Take the next token. Raises GrammarError if the grammar does not allow it, or the library gives up."""
         ...
 
@@ -72,8 +83,8 @@ class Matcher(Protocol):
         """Whether the output so far is complete."""
         ...
 
-    def cpu_s(self, apart: bool = False) -> float:
-        """Return a clock of the CPU time that calls like these take."""
+    def cpu_s(self, pace: Pace = Pace.HERE) -> float:
+        """Return a clock of the CPU time that calls at this pace take."""
         ...
 
 
@@ -104,23 +115,27 @@ class GrammarSettled:
     """Event for a stepper: a slow grammar has gone on, so that its sequence may."""
 
 
-class GrammarLane:
-    """Where slow grammars go on: one piece of work after the other, each a token or a few of one sequence."""
+class GrammarLanes:
+    """Where slow grammars go on, a lane for each pace but `HERE`: one token, or a few, of one sequence at a time.
+
+    So the heavy ones wait for each other and for nobody else.
+    """
 
     def __init__(self) -> None:
-        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
+        self._inboxes: dict[Pace, queue.SimpleQueue[Callable[[], None]]] = {}
 
-    def submit(self, work: Callable[[], None]) -> None:
-        """Queue work that does not raise; thread-safe. The thread begins with the first."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="grammar-lane", daemon=True)
-            self._thread.start()
-        self._inbox.put(work)
+    def submit(self, pace: Pace, work: Callable[[], None]) -> None:
+        """Queue work that does not raise; thread-safe. A lane's thread begins with the first."""
+        inbox = self._inboxes.get(pace)
+        if inbox is None:
+            inbox = self._inboxes.setdefault(pace, queue.SimpleQueue())
+            threading.Thread(target=_run_lane, args=(inbox,), name=f"grammar-{pace.name}", daemon=True).start()
+        inbox.put(work)
 
-    def _run(self) -> None:
-        while True:
-            self._inbox.get()()
+
+def _run_lane(inbox: queue.SimpleQueue[Callable[[], None]]) -> None:
+    while True:
+        inbox.get()()
 
 
 class GrammarState:
@@ -131,13 +146,14 @@ class GrammarState:
         sampling: of the sequence.
         num_words: of a mask.
         budgets: what it may cost.
-        lane: where it goes on while it is slow; None does everything at once, on the caller's thread.
+        lanes: where it goes on while it is slow; None does everything at once, on the caller's thread.
 
     Attributes:
         failure: why the sequence cannot go on; None while it can.
         is_over: whether the last token completed the output.
+        spent_s: CPU time that its tokens have taken.
         is_settled: whether the last token is worked off. While it is not, nothing else here holds or may be called.
-        on_settled: called by the lane whenever the state has settled there.
+        on_settled: called by a lane whenever the state has settled there.
     """
 
     def __init__(
@@ -146,17 +162,18 @@ class GrammarState:
         sampling: SamplingParams,
         num_words: int,
         budgets: GrammarBudgets | None = None,
-        lane: GrammarLane | None = None,
+        lanes: GrammarLanes | None = None,
     ) -> None:
         self._matcher = matcher
         self._budgets = budgets or GrammarBudgets()
-        self._lane = lane
+        self._lanes = lanes
         self._words = np.zeros(num_words, np.int32)
         eos = np.array(sampling.eos_token_ids, np.int64)
         self._eos_words = np.zeros(num_words, np.int32)
         np.bitwise_or.at(self._eos_words, eos // 32, np.left_shift(1, eos % 32).astype(np.uint32).view(np.int32))
         self._may_take_eos = not sampling.ignore_eos
         self._mean_s = 0.0
+        self.spent_s = 0.0
         self._is_filled = False
         self.failure: str | None = None
         self.is_over = False
@@ -164,17 +181,24 @@ class GrammarState:
         self.on_settled: Callable[[], None] | None = None
 
     @property
-    def is_slow(self) -> bool:
-        """Whether its last tokens were so dear that the next one is worked off apart."""
-        return self._mean_s > self._budgets.slow_s
+    def pace(self) -> Pace:
+        """Who works off the next token, by what the last ones have cost."""
+        if self._lanes is None or self._mean_s <= self._budgets.slow_s:
+            return Pace.HERE
+        return Pace.ASIDE if self._mean_s <= self._budgets.heavy_s else Pace.IDLE
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether it is known what may come next, or that nothing can."""
+        return self._is_filled or self.failure is not None
 
     def prepare(self) -> None:
         """Find out what may come first, before the compute thread asks; what this costs says nothing of tokens."""
-        if self.failure is None and not self._is_filled:
-            self._try(partial(self._settle, False, self.is_slow), "")
+        if not self.is_prepared:
+            self._try(partial(self._settle, False, self.pace), "")
 
     def accept(self, token_id: int, is_last: bool = False) -> None:
-        """Take the next token of the output, which is no EOS: at once, or apart if it is slow.
+        """Take the next token of the output, which is no EOS: at once, or on a lane if it is slow.
 
         Args:
             token_id: the token.
@@ -182,11 +206,12 @@ class GrammarState:
         """
         if self.failure is not None:
             return
-        if self._lane is None or not self.is_slow:
-            self._advance(token_id, is_last, False)
+        pace = self.pace
+        if self._lanes is None or pace is Pace.HERE:
+            self._advance(token_id, is_last, pace)
             return
         self.is_settled = False
-        self._lane.submit(partial(self._advance_apart, token_id, is_last))
+        self._lanes.submit(pace, partial(self._advance_on_lane, token_id, is_last, pace))
 
     def replay(self, token_ids: Sequence[int], start: int = 0, budget_s: float = math.inf) -> int:
         """Take tokens that were emitted before, from `start` on; return where it stopped.
@@ -194,14 +219,14 @@ class GrammarState:
         It stops when they are taken, or when some CPU time is spent, so that a long replay is one of many slices.
         Raises GrammarError if the grammar does not allow them, or fails.
         """
-        apart, place = self.is_slow, start
-        end_s = self._matcher.cpu_s(apart) + budget_s
-        while place < len(token_ids) and apart == self.is_slow:
-            self._work(token_ids[place], partial(self._matcher.accept, token_ids[place], apart), apart)
+        pace, place = self.pace, start
+        end_s = self._matcher.cpu_s(pace) + budget_s
+        while place < len(token_ids) and pace is self.pace:
+            self._work(token_ids[place], partial(self._matcher.accept, token_ids[place], pace), pace)
             if self.failure is not None:
                 raise GrammarError(self.failure)
             place += 1
-            if self._matcher.cpu_s(apart) >= end_s:
+            if self._matcher.cpu_s(pace) >= end_s:
                 break
         return place
 
@@ -218,24 +243,24 @@ class GrammarState:
         if self._is_filled and self.failure is None and not (int(self._words[token_id >> 5]) >> (token_id & 31)) & 1:
             self.failure = f"no token that it allows has any likelihood; token {token_id} was sampled"
 
-    def _advance_apart(self, token_id: int, is_last: bool) -> None:
+    def _advance_on_lane(self, token_id: int, is_last: bool, pace: Pace) -> None:
         try:
-            self._advance(token_id, is_last, True)
-        except BaseException as error:  # noqa: BLE001  a library that panics must not end the lane of all others
+            self._advance(token_id, is_last, pace)
+        except BaseException as error:  # noqa: BLE001  a library that panics must not end the lane of others
             self.failure = f"its library broke down: {error!r}"
         self.is_settled = True
         if self.on_settled is not None:
             self.on_settled()
 
-    def _advance(self, token_id: int, is_last: bool, apart: bool) -> None:
-        self._work(token_id, partial(self._follow, token_id, is_last, apart), apart)
+    def _advance(self, token_id: int, is_last: bool, pace: Pace) -> None:
+        self._work(token_id, partial(self._follow, token_id, is_last, pace), pace)
 
-    def _work(self, token_id: int, work: Callable[[], None], apart: bool) -> None:
+    def _work(self, token_id: int, work: Callable[[], None], pace: Pace) -> None:
         """Do what a token asks for, and count what it costs."""
-        begin_s = self._matcher.cpu_s(apart)
+        begin_s = self._matcher.cpu_s(pace)
         self._is_filled = False
         self._try(work, f"after token {token_id}: ")
-        self._charge(self._matcher.cpu_s(apart) - begin_s)
+        self._charge(self._matcher.cpu_s(pace) - begin_s)
 
     def _try(self, work: Callable[[], None], where: str) -> None:
         try:
@@ -243,17 +268,17 @@ class GrammarState:
         except (GrammarError, ValueError, RuntimeError) as error:
             self.failure = f"{where}{error}"
 
-    def _follow(self, token_id: int, is_last: bool, apart: bool) -> None:
-        self._matcher.accept(token_id, apart)
-        self._settle(is_last, apart)
+    def _follow(self, token_id: int, is_last: bool, pace: Pace) -> None:
+        self._matcher.accept(token_id, pace)
+        self._settle(is_last, pace)
 
-    def _settle(self, is_last: bool, apart: bool) -> None:
+    def _settle(self, is_last: bool, pace: Pace) -> None:
         """Find out what may follow; after the last token that is in question only where the output is complete."""
         may_end = self._matcher.may_end()
         if is_last and not may_end:
             return
         words = self._words
-        self._matcher.fill(words, apart)
+        self._matcher.fill(words, pace)
         words &= ~self._eos_words
         self._is_filled = True
         may_go_on = bool(words.any())
@@ -265,6 +290,7 @@ class GrammarState:
 
     def _charge(self, cost_s: float) -> None:
         """Count what a token has cost, and fail beyond the budgets; whoever is done anyway is let go."""
+        self.spent_s += cost_s
         self._mean_s += (cost_s - self._mean_s) / _MEAN_TOKENS
         if self.failure is not None or self.is_over:
             return

@@ -4,7 +4,7 @@
 2. A placement with a grammar awaits `state_of`. Neither the event loop nor the compute thread works for it, and
    placements without one pass by.
 3. What was emitted before is replayed in slices, so that a long or slow one holds up nobody: of a slow grammar on the
-   lane, where it will go on while it runs.
+   lane where it will go on while it runs.
 4. The same grammar is compiled once; the last `MAX_KEPT` are kept. One that fails fails its placement alone, and is
    forgotten, so that what was asked for too early or too late is tried again.
 """
@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final, TypeVar
 
-from engine.grammar import CompiledGrammar, GrammarBackend, GrammarBudgets, GrammarLane, GrammarState
+from engine.grammar import CompiledGrammar, GrammarBackend, GrammarBudgets, GrammarLanes, GrammarState, Pace
 from engine.grammar_threads import HELD_UP_S, GrammarThreads
 from protocol.errors import ConfigError, GrammarError, GrammarUnavailable
 from protocol.request import Grammar, SamplingParams
@@ -30,6 +30,9 @@ MAX_KEPT: Final = 64  # a hostile one may take some 10 MiB
 MAX_WAITING: Final = 256
 # Of wall time, in which the machine may have had other things to do: what takes longer is tried elsewhere.
 COMPILE_BUDGET_S: Final = 10.0
+REPLAY_BUDGET_S: Final = 60.0
+# Of CPU time: what takes longer takes it everywhere.
+REPLAY_CPU_S: Final = 5.0
 SLICE_S: Final = 1e-3
 
 Result = TypeVar("Result")
@@ -52,7 +55,7 @@ class GrammarCompiler:
         self._num_words = -(-vocab_size // 32)
         self._budgets = budgets or GrammarBudgets()
         self._threads = GrammarThreads()
-        self._lane = GrammarLane()
+        self._lanes = GrammarLanes()
         self._backend: Future[GrammarBackend] = Future()
         threading.Thread(target=_fulfil, args=(self._backend, self._open), name="vocabulary", daemon=True).start()
         self._kept: OrderedDict[Grammar, Future[CompiledGrammar]] = OrderedDict()
@@ -76,11 +79,12 @@ class GrammarCompiler:
             async with asyncio.timeout(COMPILE_BUDGET_S):
                 backend = await asyncio.shield(asyncio.wrap_future(self._backend))
                 compiled = await self._done(self._compiled(backend, sampling.grammar))
+            async with asyncio.timeout(REPLAY_BUDGET_S):
                 return await self._state(compiled, sampling, emitted)
         except (ConfigError, ImportError) as error:
             raise GrammarUnavailable(f"this worker cannot compile grammars: {error}") from error
         except TimeoutError:
-            raise GrammarUnavailable(f"its grammar took more than {COMPILE_BUDGET_S:g} s to compile") from None
+            raise GrammarUnavailable("this worker had no time to compile it and to follow what was written") from None
         finally:
             self._num_waiting -= 1
 
@@ -97,7 +101,10 @@ class GrammarCompiler:
         state, place = await self._done(self._threads.submit(lambda: self._begin(compiled, sampling, emitted)))
         while place < len(emitted):
             place = await self._on_thread_of(state, partial(state.replay, emitted, place, SLICE_S))
-        await self._on_thread_of(state, state.prepare)
+            if state.spent_s > REPLAY_CPU_S:
+                raise GrammarError(f"it is too costly: what was written before took {REPLAY_CPU_S:g} s to follow again")
+        if not state.is_prepared:
+            await self._on_thread_of(state, state.prepare)
         if state.failure is not None:
             raise GrammarError(state.failure)
         if state.is_over and not emitted:
@@ -105,10 +112,11 @@ class GrammarCompiler:
         return state
 
     async def _on_thread_of(self, state: GrammarState, work: Callable[[], Result]) -> Result:
-        if not state.is_slow:
+        pace = state.pace
+        if pace is Pace.HERE:
             return await self._done(self._threads.submit(work))
         future: Future[Result] = Future()
-        self._lane.submit(partial(_fulfil, future, work))
+        self._lanes.submit(pace, partial(_fulfil, future, work))
         return await self._done(future)
 
     async def _done(self, future: Future[Result]) -> Result:
@@ -130,9 +138,9 @@ class GrammarCompiler:
         self, compiled: CompiledGrammar, sampling: SamplingParams, emitted: Sequence[int]
     ) -> tuple[GrammarState, int]:
         """Return a state, and how much of what was emitted it has taken; it is prepared if that was everything."""
-        state = GrammarState(compiled.matcher(), sampling, self._num_words, self._budgets, self._lane)
+        state = GrammarState(compiled.matcher(), sampling, self._num_words, self._budgets, self._lanes)
         place = state.replay(emitted, 0, SLICE_S)
-        if place == len(emitted) and not state.is_slow:
+        if place == len(emitted) and state.pace is Pace.HERE:
             state.prepare()
         return state, place
 

@@ -21,6 +21,7 @@ from typing import Any, Final, TypeVar
 NUM_QUICK: Final = 2
 MAX_LET_GO: Final = 4
 HELD_UP_S: Final = 0.02
+_NICENESS: Final = 10
 # As this process was given them: a worker pins itself to some of them later.
 _ALL_CORES: Final = os.sched_getaffinity(0)
 
@@ -51,7 +52,7 @@ class GrammarThreads:
             since_s = thread.busy_since_s
             if since_s is not None and now_s - since_s >= HELD_UP_S and len(self._let_go) < MAX_LET_GO:
                 thread.is_last_work = True
-                make_idle(thread.native_id or 0)
+                slow_down(thread.native_id or 0, is_idle=True)
                 self._let_go.append(thread)
                 self._quick[place] = _Thread(self._inbox)
 
@@ -78,9 +79,17 @@ class _Thread(threading.Thread):
             self.busy_since_s = None
 
 
-def make_idle(thread_id: int) -> None:
-    """Let a thread of this process run on any core that the process was given, and only on what others leave of it."""
+def slow_down(thread_id: int, is_idle: bool) -> None:
+    """Let a thread of this process run on any core that the process was given, at a low priority, for good.
+
+    Args:
+        thread_id: the system's.
+        is_idle: let it have only what everybody else leaves of the cores; else about a tenth of a busy one.
+    """
     with suppress(OSError):
         os.sched_setaffinity(thread_id, _ALL_CORES)
     with suppress(OSError):
-        os.sched_setscheduler(thread_id, os.SCHED_IDLE, os.sched_param(0))
+        if is_idle:
+            os.sched_setscheduler(thread_id, os.SCHED_IDLE, os.sched_param(0))
+        else:
+            os.setpriority(os.PRIO_PROCESS, thread_id, _NICENESS)

@@ -119,7 +119,12 @@ def load(config: EngineConfig, say: Callable[[str], None], cache_dir: Path) -> L
         say(f"KV pool of {_gib(pool_bytes)} of the {_gib(free_bytes)} free on the GPU; {_gib(free_bytes - pool_bytes)} "
             "are left for activations, graphs and slots")  # fmt: skip
     max_model_len = _max_model_len(config, shape.max_context_tokens, num_blocks, say)
-    budgets = GrammarBudgets(config.grammar_slow_ms / 1e3, config.grammar_mean_ms / 1e3, config.grammar_worst_ms / 1e3)
+    budgets = GrammarBudgets(
+        slow_s=config.grammar_slow_ms / 1e3,
+        heavy_s=config.grammar_heavy_ms / 1e3,
+        mean_s=config.grammar_mean_ms / 1e3,
+        worst_s=config.grammar_worst_ms / 1e3,
+    )
     grammars = GrammarCompiler(config.grammar_backend, files.path, shape.vocab_size, budgets)
     return LoadedModel(
         decoder,

@@ -46,19 +46,26 @@ def open_tokenizer(vocabulary: TokenBytes, vocab_size: int) -> LLTokenizer:
     return LLTokenizer(wrapped, vocab_size, list(vocabulary.eos_token_ids), LLTokenizer.json_slices())
 
 
-def compile_matcher(tokenizer: LLTokenizer, grammar: Grammar) -> LLMatcher:
-    """Return a matcher at the beginning of a grammar. Lets other threads run. Raises GrammarError with the reason."""
+def compile_matcher(tokenizer: LLTokenizer, grammar: Grammar, is_trial: bool = False) -> LLMatcher:
+    """Return a matcher at the beginning of a grammar. Lets other threads run. Raises GrammarError with the reason.
+
+    Args:
+        tokenizer: of the vocabulary.
+        grammar: what to compile.
+        is_trial: allow the library's own ambiguity: a random answer may run into what a sensible one never meets, and
+            one that does meet it is ended for itself.
+    """
     try:
-        matcher = LLMatcher(tokenizer, _native(grammar), log_level=0, limits=limits_of(grammar))
+        limits = limits_of(MAX_ROW_ITEMS if is_trial else _num_row_items(grammar))
+        matcher = LLMatcher(tokenizer, _native(grammar), log_level=0, limits=limits)
     except (ValueError, RecursionError) as error:
         raise GrammarError(_short(str(error))) from error
     require_sound(matcher)
     return matcher
 
 
-def limits_of(grammar: Grammar) -> LLParserLimits:
-    """Return what the library may spend on a grammar, per step: the wider its text, the more it may need."""
-    num_row_items = min(MAX_ROW_ITEMS, BASE_ROW_ITEMS + len(grammar.text) // BYTES_PER_ROW_ITEM)
+def limits_of(num_row_items: int) -> LLParserLimits:
+    """Return what the library may spend on a step of a grammar that may have so many items in a row."""
     return LLParserLimits(
         initial_lexer_fuel=INITIAL_LEXER_FUEL,
         step_lexer_fuel=STEP_LEXER_FUEL,
@@ -73,6 +80,10 @@ def require_sound(matcher: LLMatcher) -> None:
     """Raise GrammarError if the library has given up on a matcher: it has met one of its limits."""
     if matcher.is_error():
         raise GrammarError(_short(matcher.get_error()))
+
+
+def _num_row_items(grammar: Grammar) -> int:
+    return min(MAX_ROW_ITEMS, BASE_ROW_ITEMS + len(grammar.text) // BYTES_PER_ROW_ITEM)
 
 
 class _Source:

@@ -105,7 +105,7 @@ class Trial:
 
         if grammar.kind == GrammarKind.LARK:
             grammar = msgspec.structs.replace(grammar, text=_lark(grammar.text))
-        self._probe(compile_matcher(self._tokenizer, grammar))
+        self._probe(compile_matcher(self._tokenizer, grammar, is_trial=True))
         return grammar.text
 
     def _probe(self, matcher: object) -> None:
