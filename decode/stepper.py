@@ -221,13 +221,14 @@ class DecodeStepper:
 
     def _catch_up(self) -> bool:
         """Tell the tokens that slow grammars have worked off; False if there are none."""
-        if not self._scheduler.num_behind:
+        num_behind = self._scheduler.num_behind
+        if not num_behind:
             return False
         rows = self._scheduler.catch_up()
         if rows:
             self._emit(StepRows(tuple(rows)))
         self._give_up_failed()
-        return bool(rows)
+        return self._scheduler.num_behind < num_behind
 
     def _launch(self) -> bool:
         begin_s = time.monotonic()

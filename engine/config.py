@@ -59,7 +59,7 @@ class EngineConfig:
     grammar_backend: str = "auto"
     grammar_slow_ms: float = 0.5
     grammar_heavy_ms: float = 3.0
-    grammar_mean_ms: float = 20.0
+    grammar_mean_ms: float = 25.0
     grammar_worst_ms: float = 200.0
     enforce_eager: bool = False
 

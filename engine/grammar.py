@@ -53,7 +53,7 @@ class GrammarBudgets:
 
     slow_s: float = 0.5e-3
     heavy_s: float = 3e-3
-    mean_s: float = 20e-3
+    mean_s: float = 25e-3
     worst_s: float = 200e-3
 
 
@@ -253,14 +253,18 @@ class GrammarState:
             self.on_settled()
 
     def _advance(self, token_id: int, is_last: bool, pace: Pace) -> None:
-        self._work(token_id, partial(self._follow, token_id, is_last, pace), pace)
+        self._work(token_id, partial(self._follow, token_id, is_last, pace), pace, is_last)
 
-    def _work(self, token_id: int, work: Callable[[], None], pace: Pace) -> None:
-        """Do what a token asks for, and count what it costs."""
+    def _work(self, token_id: int, work: Callable[[], None], pace: Pace, is_last: bool = False) -> None:
+        """Do what a token asks for, and count what it costs; whoever is done anyway is let go."""
         begin_s = self._matcher.cpu_s(pace)
         self._is_filled = False
         self._try(work, f"after token {token_id}: ")
-        self._charge(self._matcher.cpu_s(pace) - begin_s)
+        cost_s = self._matcher.cpu_s(pace) - begin_s
+        self.spent_s += cost_s
+        self._mean_s += (cost_s - self._mean_s) / _MEAN_TOKENS
+        if self.failure is None and not is_last and not self.is_over:
+            self.failure = self._excess(cost_s)
 
     def _try(self, work: Callable[[], None], where: str) -> None:
         try:
@@ -288,17 +292,12 @@ class GrammarState:
         if self.is_over or (may_end and self._may_take_eos):
             words |= self._eos_words
 
-    def _charge(self, cost_s: float) -> None:
-        """Count what a token has cost, and fail beyond the budgets; whoever is done anyway is let go."""
-        self.spent_s += cost_s
-        self._mean_s += (cost_s - self._mean_s) / _MEAN_TOKENS
-        if self.failure is not None or self.is_over:
-            return
+    def _excess(self, cost_s: float) -> str | None:
+        """Return what a token or the last few have cost too much, if they have."""
         for cost, budget in ((cost_s, self._budgets.worst_s), (self._mean_s, self._budgets.mean_s)):
             if cost > budget:
-                self.failure = (
-                    f"it is too costly: {cost * 1e3:.0f} ms for a token, at most {budget * 1e3:.0f} are taken"
-                )
+                return f"it is too costly: {cost * 1e3:.0f} ms for a token, at most {budget * 1e3:.0f} are taken"
+        return None
 
 
 def follow(

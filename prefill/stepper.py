@@ -206,6 +206,11 @@ class PrefillStepper:
         self._publish()
 
     @property
+    def num_behind(self) -> int:
+        """First tokens that wait for their grammars."""
+        return len(self._behind)
+
+    @property
     def is_waiting(self) -> bool:
         """Whether something is to be said once the device gets there."""
         return bool(self._due)
@@ -213,7 +218,7 @@ class PrefillStepper:
     def step(self) -> bool:
         """Say what is due and launch the next chunks."""
         spoke = self._speak()
-        if self._behind:
+        if self.num_behind:
             spoke |= self._catch_up()
         if self._num_in_flight == self._runner.depth:
             return spoke
