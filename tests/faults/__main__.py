@@ -8,6 +8,7 @@
     rolling      every worker ended by SIGTERM in turn, again and again
     bits         one bit of every piece of KV flipped on its way
     overload     five times the load that the server can carry
+    grammars     hostile grammars beside plain and structured streams
     soak         short requests, random faults, and what the processes' memory does
 
 Each prints how to run it again, starts one server, prints what it sees, writes it with --json, and ends with exit code
@@ -31,7 +32,7 @@ from typing import Any
 import aiohttp
 
 from tests.e2e.server import Server, serving
-from tests.faults import bits, campaign, disconnects, everything, overload, rolling, soak, trials
+from tests.faults import bits, campaign, disconnects, everything, grammars, overload, rolling, soak, trials
 from tests.faults.ledger import Ledger, Request
 from tests.faults.load import Oracles, bound, draw_pool, percentile
 from tests.faults.mutated import mutations
@@ -40,7 +41,7 @@ from tests.faults.phases import PHASES, Cluster, PhaseKills
 Result = tuple[Any, str, bool]
 """What is written as JSON, what is printed, whether anything was wrong."""
 
-COMMANDS = ("trials", "rounds", "phases", "disconnects", "rolling", "bits", "overload", "soak")
+COMMANDS = ("trials", "rounds", "phases", "disconnects", "rolling", "bits", "overload", "grammars", "soak")
 # A pool of which every block has been written soon: its first touch is no leak.
 SMALL_POOL = {"disconnects": 600, "soak": 256}
 SESSION_BUDGET = aiohttp.ClientTimeout(total=240.0)
@@ -129,6 +130,12 @@ class Run:
         report = await overload.run(self.cluster, self.ledger, self.args.seed, self.args.seconds, tell)
         return asdict(report), report.summary(), bool(report.faults)
 
+    async def grammars(self) -> Result:
+        """Hostile grammars."""
+        report = await grammars.run(self.cluster, self.ledger, self.server, self.args.seed, self.args.turns, tell)
+        report.weigh(grammars.ITL_TARGET, grammars.ANSWER_TARGET)
+        return asdict(report), report.summary(), bool(report.faults)
+
     async def soak(self) -> Result:
         """Short requests and random faults."""
         oracles = await self.oracles((8, 48))
@@ -158,6 +165,7 @@ def parser() -> argparse.ArgumentParser:
         "rounds": (3, 2),
         "phases": (2, 3),
         "overload": (1, 1),
+        "grammars": (1, 1),
     }
     for name in COMMANDS:
         one = commands.add_parser(name)
@@ -192,6 +200,7 @@ def parser() -> argparse.ArgumentParser:
     rounds.add_argument("--width", type=int, default=5, help="streams at once (5)")
     rounds.add_argument("--kinds", nargs="+", choices=campaign.ROUND_KINDS, default=list(campaign.KILL_KINDS))
     choices["overload"].add_argument("--seconds", type=float, default=120.0, help="of overload (120)")
+    choices["grammars"].add_argument("--turns", type=int, default=10, help="in peace and beside them (10)")
     for name, number in (("disconnects", 1000), ("rolling", 200), ("bits", 1000), ("soak", 1000)):
         choices[name].add_argument("number", nargs="?", type=int, default=number, help=f"requests ({number})")
     everything.add_arguments(commands.add_parser("all", help="every campaign, scaled by --trials"))

@@ -56,6 +56,7 @@ def plan(num_trials: int) -> list[tuple[str, list[str]]]:
         ("rolling", ["rolling", str(share(1.0))]),
         ("bits", ["bits", str(share(1.0))]),
         ("overload", ["overload", "--seconds", f"{overload_s:g}"]),
+        ("grammars", ["grammars", "--turns", str(share(0.02))]),
         ("soak", ["soak", str(share(10.0))]),
     ]
 
