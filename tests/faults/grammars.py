@@ -106,7 +106,7 @@ def innocents(seed: int, num_tokens: int) -> tuple[list[Request], list[Request]]
     plain = [
         Request(f"The road to place {i} of {seed}", num_tokens, 0.0, dice.randrange(1 << 30)) for i in range(NUM_PLAIN)
     ]
-    patterns = ("([a-z]{2,9}, ){100,}x", r"(\{\"n\": [0-9]{1,3}\}\n)+x", "((yes|no|perhaps)[,.] ){100,}x")
+    patterns = ("([a-z]{2,9}, ){100,}x", r"(\{\"n\": [0-9]{1,3}\}\n){100,}x", "((yes|no|perhaps)[,.] ){100,}x")
     bound = [
         Request(f"List {i} of {seed}:", num_tokens // 2, 1.0, dice.randrange(1 << 30), p)
         for i, p in enumerate(patterns)
