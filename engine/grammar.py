@@ -35,6 +35,7 @@ from protocol.errors import GrammarError
 from protocol.request import FinishReason, Grammar, SamplingParams
 
 _MEAN_TOKENS: Final = 8
+_ERRORS: Final = (GrammarError, ValueError, RuntimeError)  # ours, and those of the libraries
 
 Words = NDArray[np.int32]
 """int32 `[ceil(vocab_size / 32)]`: bit i % 32 of word i // 32 allows token i."""
@@ -171,6 +172,7 @@ class GrammarState:
         eos = np.array(sampling.eos_token_ids, np.int64)
         self._eos_words = np.zeros(num_words, np.int32)
         np.bitwise_or.at(self._eos_words, eos // 32, np.left_shift(1, eos % 32).astype(np.uint32).view(np.int32))
+        self._text_words = ~self._eos_words
         self._may_take_eos = not sampling.ignore_eos
         self._mean_s = 0.0
         self.spent_s = 0.0
@@ -195,7 +197,10 @@ class GrammarState:
     def prepare(self) -> None:
         """Find out what may come first, before the compute thread asks; what this costs says nothing of tokens."""
         if not self.is_prepared:
-            self._try(partial(self._settle, False, self.pace), "")
+            try:
+                self._settle(False, self.pace)
+            except _ERRORS as error:
+                self.failure = str(error)
 
     def accept(self, token_id: int, is_last: bool = False) -> None:
         """Take the next token of the output, which is no EOS: at once, or on a lane if it is slow.
@@ -222,7 +227,7 @@ class GrammarState:
         pace, place = self.pace, start
         end_s = self._matcher.cpu_s(pace) + budget_s
         while place < len(token_ids) and pace is self.pace:
-            self._work(token_ids[place], partial(self._matcher.accept, token_ids[place], pace), pace)
+            self._advance(token_ids[place], False, pace, settles=False)
             if self.failure is not None:
                 raise GrammarError(self.failure)
             place += 1
@@ -252,29 +257,22 @@ class GrammarState:
         if self.on_settled is not None:
             self.on_settled()
 
-    def _advance(self, token_id: int, is_last: bool, pace: Pace) -> None:
-        self._work(token_id, partial(self._follow, token_id, is_last, pace), pace, is_last)
-
-    def _work(self, token_id: int, work: Callable[[], None], pace: Pace, is_last: bool = False) -> None:
+    def _advance(self, token_id: int, is_last: bool, pace: Pace, settles: bool = True) -> None:
         """Do what a token asks for, and count what it costs; whoever is done anyway is let go."""
-        begin_s = self._matcher.cpu_s(pace)
+        matcher = self._matcher
+        begin_s = matcher.cpu_s(pace)
         self._is_filled = False
-        self._try(work, f"after token {token_id}: ")
-        cost_s = self._matcher.cpu_s(pace) - begin_s
+        try:
+            matcher.accept(token_id, pace)
+            if settles:
+                self._settle(is_last, pace)
+        except _ERRORS as error:
+            self.failure = f"after token {token_id}: {error}"
+        cost_s = matcher.cpu_s(pace) - begin_s
         self.spent_s += cost_s
         self._mean_s += (cost_s - self._mean_s) / _MEAN_TOKENS
         if self.failure is None and not is_last and not self.is_over:
-            self.failure = self._excess(cost_s)
-
-    def _try(self, work: Callable[[], None], where: str) -> None:
-        try:
-            work()
-        except (GrammarError, ValueError, RuntimeError) as error:
-            self.failure = f"{where}{error}"
-
-    def _follow(self, token_id: int, is_last: bool, pace: Pace) -> None:
-        self._matcher.accept(token_id, pace)
-        self._settle(is_last, pace)
+            self._check_budgets(cost_s)
 
     def _settle(self, is_last: bool, pace: Pace) -> None:
         """Find out what may follow; after the last token that is in question only where the output is complete."""
@@ -283,21 +281,22 @@ class GrammarState:
             return
         words = self._words
         self._matcher.fill(words, pace)
-        words &= ~self._eos_words
+        words &= self._text_words
         self._is_filled = True
-        may_go_on = bool(words.any())
+        may_go_on = np.count_nonzero(words) > 0  # a third of the time that any() takes
         self.is_over = may_end and not may_go_on
         if not may_end and not may_go_on:
             raise GrammarError("no token goes on with it")
         if self.is_over or (may_end and self._may_take_eos):
             words |= self._eos_words
 
-    def _excess(self, cost_s: float) -> str | None:
-        """Return what a token or the last few have cost too much, if they have."""
-        for cost, budget in ((cost_s, self._budgets.worst_s), (self._mean_s, self._budgets.mean_s)):
-            if cost > budget:
-                return f"it is too costly: {cost * 1e3:.0f} ms for a token, at most {budget * 1e3:.0f} are taken"
-        return None
+    def _check_budgets(self, cost_s: float) -> None:
+        if cost_s <= self._budgets.worst_s and self._mean_s <= self._budgets.mean_s:
+            return
+        cost, budget = (cost_s, self._budgets.worst_s)
+        if cost <= budget:
+            cost, budget = self._mean_s, self._budgets.mean_s
+        self.failure = f"it is too costly: {cost * 1e3:.0f} ms for a token, at most {budget * 1e3:.0f} are taken"
 
 
 def follow(

@@ -62,14 +62,19 @@ class _Compiled:
         return _Matcher(self.pristine.deep_copy(), self.aside)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Matcher:
     matcher: LLMatcher
     aside: Mapping[Pace, _Aside]
+    # Whose address is known already: to ask an array for it takes as long as a cheap mask does.
+    words: Words | None = None
+    address: int = 0
 
     def fill(self, words: Words, pace: Pace = Pace.HERE) -> None:
         if pace is Pace.HERE:
-            self.matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+            if words is not self.words:
+                self.words, self.address = words, words.ctypes.data
+            self.matcher.unsafe_compute_mask_ptr(self.address, words.nbytes)
         else:
             self.aside[pace].fill(self.matcher, words)
         require_sound(self.matcher)
