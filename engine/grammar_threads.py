@@ -20,7 +20,7 @@ from typing import Any, Final, TypeVar
 
 NUM_QUICK: Final = 2
 MAX_LET_GO: Final = 4
-HELD_UP_S: Final = 0.02
+HELD_UP_S: Final = 0.01
 _NICENESS: Final = 10
 # As this process was given them: a worker pins itself to some of them later.
 _ALL_CORES: Final = os.sched_getaffinity(0)
@@ -52,7 +52,8 @@ class GrammarThreads:
             since_s = thread.busy_since_s
             if since_s is not None and now_s - since_s >= HELD_UP_S and len(self._let_go) < MAX_LET_GO:
                 thread.is_last_work = True
-                slow_down(thread.native_id or 0, is_idle=True)
+                assert thread.native_id is not None, "it works, so it has begun"
+                slow_down(thread.native_id, is_idle=True)
                 self._let_go.append(thread)
                 self._quick[place] = _Thread(self._inbox)
 
@@ -68,6 +69,8 @@ class _Thread(threading.Thread):
         self.start()
 
     def run(self) -> None:
+        with suppress(OSError):  # off the compute thread's core, where another is free
+            os.sched_setaffinity(0, _ALL_CORES)
         while not self.is_last_work:
             future, work = self._inbox.get()
             self.busy_since_s = time.monotonic()

@@ -101,8 +101,9 @@ def _judged(trial: Trial, grammar: Grammar) -> Verdict:
         thread.join(None if is_idle else LOOK_S)
         if not is_idle and time.process_time() - begin_s > MODEST_CPU_S:
             is_idle = True
+            assert thread.native_id is not None, "it is alive, so it has begun"
             with suppress(OSError):
-                os.sched_setscheduler(thread.native_id or 0, os.SCHED_IDLE, os.sched_param(0))
+                os.sched_setscheduler(thread.native_id, os.SCHED_IDLE, os.sched_param(0))
     assert verdicts, "what it raised ends this process"
     return verdicts[0]
 
