@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
-from typing import Any
+from typing import Any, Final
 
 from baton.values import core_set, number, switch, text, whole
 from decode.config import DecodeConfig
@@ -111,6 +111,14 @@ class Option:
         return parsed
 
 
+_GRAMMAR_BUDGETS: Final = {
+    "slow": "CPU time per token, on the average, from which an answer's grammar is worked on beside the decode steps.",
+    "heavy": "As above, from which it gets only what everything else leaves of the machine.",
+    "mean": "As above, from which the grammar fails and the request ends with an error.",
+    "worst": "CPU time of a single token from which the grammar fails.",
+}
+
+
 def _served_model() -> tuple[Option, ...]:
     group, cpu_roles = "model", SERVE | WORKERS
     everyone = cpu_roles | ROUTER
@@ -146,6 +154,13 @@ def _served_model() -> tuple[Option, ...]:
             name="grammar-backend", group=group, roles=cpu_roles, parse=text,
             fills=((EngineConfig, "grammar_backend"),),
             help="Library behind structured output; auto takes llguidance. xgrammar must be installed beside Baton.",
+        ),
+        *(
+            Option(
+                name=f"grammar-{name}-ms", group=group, roles=cpu_roles, parse=number, unit="ms", bounds=(1e-3, 1e6),
+                fills=((EngineConfig, f"grammar_{name}_ms"),), help=what,
+            )
+            for name, what in _GRAMMAR_BUDGETS.items()
         ),
         Option(
             name="device", group=group, roles=cpu_roles, parse=text, fills=((EngineConfig, "device"),),

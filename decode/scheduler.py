@@ -15,6 +15,8 @@ client has. Those are replayed: computed one per step like any other, their samp
 A step may be scheduled before the one ahead of it is applied: the device knows the token, this side its position. What
 leaves while steps with it are in flight keeps its blocks until the last of them is applied, since they write there.
 
+A sequence whose grammar is slow sits out steps until that has worked off its last token; only then is the token told.
+
 Over a common pool prompts hold blocks that belong to no running sequence yet. The last running sequence never gives way
 to them: it waits, since each of them ends or joins, and then gives way first. So the oldest one always gets on.
 """
@@ -28,7 +30,7 @@ from enum import Enum, auto
 from decode.promises import Promises
 from engine.batch import BatchItem
 from engine.block_pool import BlockPool
-from engine.grammar import finish_reason
+from engine.grammar import ended, follow
 from engine.sampler import Sampled
 from engine.sequence import Sequence, num_blocks_for
 from protocol.block_hash import BlockHash, block_hashes, next_block_hash
@@ -44,6 +46,14 @@ class SlotState(Enum):
     LEAVING = auto()
 
 
+@dataclass(frozen=True, slots=True)
+class _Untold:
+    """A token that waits for its sequence's grammar, and why the sequence ends with it but for that."""
+
+    result: Sampled
+    reason: FinishReason | None
+
+
 @dataclass(slots=True, eq=False)
 class _Slot:
     sequence: Sequence
@@ -51,6 +61,7 @@ class _Slot:
     state: SlotState = SlotState.RESERVED
     num_in_flight: int = 0
     is_paused: bool = False
+    untold: _Untold | None = None
 
     @property
     def position(self) -> int:
@@ -115,6 +126,7 @@ class DecodeScheduler:
         self._leaving: dict[int, _Slot] = {}
         self._num_bound = 0
         self._failed: list[tuple[int, str]] = []
+        self._behind: list[_Slot] = []
         self.num_preemptions = 0
         self.num_replayed_tokens = 0
 
@@ -127,6 +139,11 @@ class DecodeScheduler:
     def num_running(self) -> int:
         """Sequences that take part in the next step."""
         return len(self._running)
+
+    @property
+    def num_behind(self) -> int:
+        """Running sequences that sit out steps, since their grammars are slow."""
+        return len(self._behind)
 
     @property
     def needs_last_tokens(self) -> bool:
@@ -225,14 +242,17 @@ class DecodeScheduler:
             seq.tokens.append(first_token_id)
             if seq.grammar is not None:
                 seq.grammar.accept(first_token_id)
-                if self._has_failed(seq):
+                if self._has_failed(slot):
                     return
         num_full = seq.num_prefill_tokens // self._block_size
         for block_id, name in zip(seq.block_ids[:num_full], seq.names, strict=False):
             self._pool.name(block_id, name)
         slot.state = SlotState.RUNNING
         self._running.append(slot)
-        self._num_bound += seq.grammar is not None
+        if seq.grammar is not None:
+            self._num_bound += 1
+            if not seq.grammar.is_settled:
+                self._behind.append(slot)
 
     def schedule(self) -> StepPlan:
         """Return the next step; empty where nobody can go on. Preempted sequences are gone already."""
@@ -241,6 +261,8 @@ class DecodeScheduler:
             if slot.num_in_flight == 0:
                 slot.is_paused = False
             if slot.state is not SlotState.RUNNING or slot.is_paused or self._has_last_token(slot):
+                continue
+            if self._behind and slot in self._behind:
                 continue
             if self._has_block(slot, plan):
                 plan.items.append(BatchItem(slot.sequence, slot.position, 1, wants_logits=True))
@@ -272,12 +294,32 @@ class DecodeScheduler:
                 continue
             assert result.token_id >= 0, "the device ended a sequence that has not ended"
             seq.tokens.append(result.token_id)
-            row = self._row(slot, result)
-            if self._has_failed(seq):
+            reason = follow(seq.sampling, seq.grammar, result.token_id, seq.num_output_tokens, self._room_tokens(seq))
+            if seq.grammar is not None and not seq.grammar.is_settled:
+                slot.untold = _Untold(result, reason)
+                self._behind.append(slot)
+            elif (row := self._told(slot, result, reason)) is not None:
+                rows.append(row)
+        return rows
+
+    def catch_up(self) -> list[tuple[int, TokenRow]]:
+        """Return the tokens that slow grammars have worked off meanwhile, as (transfer_id, row).
+
+        Their sequences take part in the next step again.
+        """
+        rows: list[tuple[int, TokenRow]] = []
+        for slot in list(self._behind):
+            grammar = slot.sequence.grammar
+            assert grammar is not None
+            if not grammar.is_settled:
                 continue
-            rows.append(row)
-            if rows[-1].finish_reason is not None:
-                self.drop(transfer_id)
+            self._behind.remove(slot)
+            untold, slot.untold = slot.untold, None
+            row = None if untold is None else self._told(slot, untold.result, untold.reason)
+            if row is not None:
+                rows.append((slot.sequence.transfer_id, row))
+            elif untold is None:
+                self._has_failed(slot)
         return rows
 
     def take_failed(self) -> list[tuple[int, str]]:
@@ -285,8 +327,18 @@ class DecodeScheduler:
         failed, self._failed = self._failed, []
         return failed
 
-    def _has_failed(self, seq: Sequence) -> bool:
-        if seq.grammar is None or seq.grammar.failure is None:
+    def _told(self, slot: _Slot, result: Sampled, reason: FinishReason | None) -> TokenRow | None:
+        """Return the row of a token that its grammar has followed, or None where that failed; drop who is done."""
+        if self._has_failed(slot):
+            return None
+        seq, reason = slot.sequence, ended(slot.sequence.grammar, reason)
+        if reason is not None:
+            self.drop(seq.transfer_id)
+        return TokenRow(seq.request_id, seq.epoch, seq.num_output_tokens - 1, result.token_id, reason, result.logprobs)
+
+    def _has_failed(self, slot: _Slot) -> bool:
+        seq = slot.sequence
+        if seq.grammar is None or not seq.grammar.is_settled or seq.grammar.failure is None:
             return False
         self._failed.append((seq.transfer_id, seq.grammar.failure))
         self.drop(seq.transfer_id)
@@ -303,6 +355,8 @@ class DecodeScheduler:
             if slot.state is SlotState.RUNNING:
                 self._running.remove(slot)
                 self._num_bound -= slot.sequence.grammar is not None
+                if slot in self._behind:
+                    self._behind.remove(slot)
             slot.state = SlotState.LEAVING
             self._leaving[transfer_id] = slot
             self._release_if_idle(slot)
@@ -385,10 +439,5 @@ class DecodeScheduler:
             tokens = seq.tokens[num_full * self._block_size :]
             seq.names[num_full:] = block_hashes(tokens, self._block_size, self._parent(seq, num_full))
 
-    def _row(self, slot: _Slot, result: Sampled) -> TokenRow:
-        seq = slot.sequence
-        room_tokens = self._max_model_len - len(seq.tokens)
-        reason: FinishReason | None = finish_reason(
-            seq.sampling, seq.grammar, result.token_id, seq.num_output_tokens, room_tokens
-        )
-        return TokenRow(seq.request_id, seq.epoch, seq.num_output_tokens - 1, result.token_id, reason, result.logprobs)
+    def _room_tokens(self, seq: Sequence) -> int:
+        return self._max_model_len - len(seq.tokens)

@@ -5,7 +5,8 @@ lets the sequence take part from the next step on. 4. Each step yields one `Step
 5. A sequence that finishes, is preempted (`GaveWay`) or is dropped (`DropSequence`) leaves between two steps.
 
 As many steps are launched ahead as the runner allows; the oldest is collected when it is done. While a sequence with a
-grammar runs, a step waits for the tokens of the one before. A sequence whose grammar fails is given up (`Abandoned`).
+grammar runs, a step waits for the tokens of the one before. A sequence whose grammar is slow sits out steps; when that
+has gone on, `GrammarSettled` has this stepper look again. One whose grammar fails is given up (`Abandoned`).
 
 Where prefill works in the same pool, 1. to 3. are: a slot is held, the prefill stepper asks for it and hands the blocks
 over itself (`engine/local_handoff.py`), or says that it will not (`Abandoned`).
@@ -22,6 +23,8 @@ from dataclasses import dataclass
 from decode.scheduler import DecodeScheduler, Reserved, StepPlan
 from engine.block_pool import BlockPool, PoolCounts, PoolWatch
 from engine.decode_runner import DecodeRunner, InFlight
+from engine.grammar import GrammarSettled
+from engine.placement import Failure
 from engine.sequence import Sequence
 from protocol.errors import OutOfBlocks
 from protocol.request import TokenRow
@@ -50,7 +53,7 @@ class DropSequence:
     transfer_id: int
 
 
-DecodeEvent = ReserveBlocks | JoinBatch | DropSequence
+DecodeEvent = ReserveBlocks | JoinBatch | DropSequence | GrammarSettled
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +87,7 @@ class Abandoned:
     """
 
     transfer_id: int
-    failure: str | None
+    failure: Failure | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +149,7 @@ class DecodeStepper:
         self._watch = watch or PoolWatch(pool)
         self.counters = DecodeCounters()
         self.pool_counts: PoolCounts = pool.counts()
-        self.num_running = self.num_waiting = 0
+        self.num_running = self.num_waiting = self.num_behind = 0
 
     @property
     def num_preemptions(self) -> int:
@@ -165,7 +168,7 @@ class DecodeStepper:
         elif isinstance(event, JoinBatch):
             self._scheduler.commit(event.transfer_id, event.first_token_id)
             self._give_up_failed()
-        else:
+        elif isinstance(event, DropSequence):
             self._scheduler.drop(event.transfer_id)
         self._publish()
 
@@ -195,7 +198,7 @@ class DecodeStepper:
         self._give_up_failed()
         self._publish()
 
-    def abandon(self, transfer_id: int, failure: str | None) -> None:
+    def abandon(self, transfer_id: int, failure: Failure | None) -> None:
         """Give up the slot of a sequence whose prompt will not come; a running one is left alone."""
         if self._scheduler.awaits(transfer_id):
             self._scheduler.drop(transfer_id)
@@ -206,7 +209,7 @@ class DecodeStepper:
 
     def step(self) -> bool:
         """Launch what may be launched, collect what is done; False if neither."""
-        launched = False
+        launched = self._catch_up()
         depth = 1 if self._scheduler.needs_last_tokens else self._runner.depth
         while len(self._flights) < depth and self._launch():
             launched = True
@@ -215,6 +218,17 @@ class DecodeStepper:
             return launched
         self._collect(self._flights.popleft())
         return True
+
+    def _catch_up(self) -> bool:
+        """Tell the tokens that slow grammars have worked off; False if there are none."""
+        num_behind = self._scheduler.num_behind
+        if not num_behind:
+            return False
+        rows = self._scheduler.catch_up()
+        if rows:
+            self._emit(StepRows(tuple(rows)))
+        self._give_up_failed()
+        return self._scheduler.num_behind < num_behind
 
     def _launch(self) -> bool:
         begin_s = time.monotonic()
@@ -243,7 +257,7 @@ class DecodeStepper:
 
     def _give_up_failed(self) -> None:
         for transfer_id, failure in self._scheduler.take_failed():
-            self._emit(Abandoned(transfer_id, failure))
+            self._emit(Abandoned(transfer_id, Failure(f"grammar: {failure}", is_of_grammar=True)))
 
     def _reserve(self, event: ReserveBlocks) -> None:
         transfer_id = event.sequence.transfer_id
@@ -258,5 +272,6 @@ class DecodeStepper:
     def _publish(self) -> None:
         self.pool_counts = self._pool.counts()
         self.num_running = self._scheduler.num_running
+        self.num_behind = self._scheduler.num_behind
         self.num_waiting = self._scheduler.num_held - self.num_running
         self._watch.tell(self, self._scheduler.num_held > 0)

@@ -35,9 +35,10 @@ from engine.block_pool import BlockPool, PoolWatch
 from engine.compute_loop import ComputeLoop
 from engine.decode_runner import DecodeRunner
 from engine.execution import open_decode_runner, phases_agree, stays_on_device
+from engine.grammar import GrammarSettled
 from engine.loading import LoadedModel, load, pin_process
 from engine.local_handoff import LocalLink, OnePool
-from engine.placement import Placing, refusal_of
+from engine.placement import Failure, Placing, refusal_of
 from engine.sequence import Sequence
 from engine.service import WorkerService, drain_on_signals, new_registration
 from kvtransfer.receiving import ReceiveSide
@@ -53,7 +54,6 @@ from protocol.wire import (
     Prefill,
     Reserve,
     Role,
-    TransferFailed,
     WorkerStats,
 )
 
@@ -74,7 +74,9 @@ class DecodeWorker:
         self._model = model
         self._compute = compute
         self._open_transfers: set[int] = set()
-        self._placing: Placing[Reserve] = Placing(model, self._is_held, self._fail)
+        self._placing: Placing[Reserve] = Placing(
+            model, self._is_held, self._fail, lambda: compute.post(self._stepper, GrammarSettled())
+        )
         self._reservations = Reservations(model.fingerprint.block_size, self._reserve)
         self._receiving: ReceiveSide | None = None
         self._link: LocalLink | ReceiveSide
@@ -192,8 +194,8 @@ class DecodeWorker:
         return self._compute.progress
 
     def has_work(self) -> bool:
-        """Whether a sequence is running; one that awaits its KV is no work of the compute thread."""
-        return self._stepper.num_running > 0
+        """Whether a sequence is running; one that awaits its KV or its grammar is no work of the compute thread."""
+        return self._stepper.num_running > self._stepper.num_behind
 
     # --- from compute and transfer ---
 
@@ -209,7 +211,7 @@ class DecodeWorker:
             self._decline(emission.transfer_id, emission.reason)
         elif isinstance(emission, Abandoned):
             if emission.failure is not None:
-                self._tell_failed(emission.transfer_id, emission.failure)
+                self.service.tell(emission.transfer_id, emission.failure.message(emission.transfer_id))
             self.service.release(emission.transfer_id)
         else:
             self.service.tell(emission.transfer_id, Preempted(transfer_id=emission.transfer_id))
@@ -231,19 +233,17 @@ class DecodeWorker:
         self._open_transfers.discard(transfer_id)
         # What was called off its router knows of: the first token was the last, or it has aborted the other side first.
         if ending.is_failure:
-            self._tell_failed(transfer_id, ending.reason)
-        self.service.release(transfer_id)
+            self._fail(transfer_id, Failure(ending.reason))
+        else:
+            self.service.release(transfer_id)
         self._compute.post(self._stepper, DropSequence(transfer_id))
 
     def _is_held(self, transfer_id: int) -> bool:
         return self.service.holds(transfer_id)
 
-    def _fail(self, transfer_id: int, reason: str) -> None:
-        self._tell_failed(transfer_id, reason)
+    def _fail(self, transfer_id: int, failure: Failure) -> None:
+        self.service.tell(transfer_id, failure.message(transfer_id))
         self.service.release(transfer_id)
-
-    def _tell_failed(self, transfer_id: int, reason: str) -> None:
-        self.service.tell(transfer_id, TransferFailed(transfer_id=transfer_id, reason=reason[:4000]))
 
     def _decline(self, transfer_id: int, reason: str) -> None:
         self.service.tell(transfer_id, Declined(transfer_id=transfer_id, reason=reason[:4000]))

@@ -33,6 +33,11 @@ class EngineConfig:
         max_model_len: bound of prompt plus output tokens, or None for what model and pool allow.
         dummy_seed: seed of `dummy` weights.
         grammar_backend: library that makes token masks of grammars; auto takes llguidance.
+        grammar_slow_ms: what a token of a sequence's grammar may cost on the average (CPU time, of its last few) before
+            that is done aside from the compute thread, and the sequence sits out steps.
+        grammar_heavy_ms: what it may cost before that gets only what everything else leaves of the machine.
+        grammar_mean_ms: what it may cost on the average before the grammar fails, and its request with it.
+        grammar_worst_ms: what a single token may cost before that.
         enforce_eager: launch decode steps kernel by kernel on a GPU instead of recording CUDA graphs; no effect on a
             CPU, which has none.
     """
@@ -52,6 +57,10 @@ class EngineConfig:
     max_model_len: int | None = None
     dummy_seed: int = 0
     grammar_backend: str = "auto"
+    grammar_slow_ms: float = 0.5
+    grammar_heavy_ms: float = 3.0
+    grammar_mean_ms: float = 25.0
+    grammar_worst_ms: float = 200.0
     enforce_eager: bool = False
 
     def __post_init__(self) -> None:
@@ -72,7 +81,8 @@ class EngineConfig:
             raise ConfigError(f"num_threads must be at least 1, got {self.num_threads}")
         if not 0.0 < self.kv_memory_share <= 0.95:
             raise ConfigError(f"kv_memory_share must lie in (0, 0.95], got {self.kv_memory_share}")
-        for name in ("num_kv_blocks", "kv_cache_gib", "max_model_len"):
+        budgets = ("grammar_slow_ms", "grammar_heavy_ms", "grammar_mean_ms", "grammar_worst_ms")
+        for name in ("num_kv_blocks", "kv_cache_gib", "max_model_len", *budgets):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ConfigError(f"{name} must be positive, got {value}")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import dataclass
 
 import xgrammar
 
-from engine.grammar import Matcher, Words
+from engine.grammar import Matcher, Pace, Words
 from protocol.errors import GrammarError
 from protocol.request import Grammar, GrammarKind
 from protocol.vocabulary import TokenBytes
@@ -72,12 +73,16 @@ class _Matcher:
     matcher: xgrammar.GrammarMatcher
     num_words: int
 
-    def fill(self, words: Words) -> None:
+    # The library has no threads of its own: every pace is its caller's.
+    def fill(self, words: Words, pace: Pace = Pace.HERE) -> None:
         self.matcher.fill_next_token_bitmask(words.reshape(1, self.num_words))
 
-    def accept(self, token_id: int) -> None:
+    def accept(self, token_id: int, pace: Pace = Pace.HERE) -> None:
         if not self.matcher.accept_token(token_id):
             raise GrammarError("it does not obey the grammar")
 
     def may_end(self) -> bool:
         return bool(self.matcher.is_completed())
+
+    def cpu_s(self, pace: Pace = Pace.HERE) -> float:
+        return time.thread_time()

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from engine.config import EngineConfig
+from engine.grammar import GrammarBudgets
 from engine.grammar_compiler import GrammarCompiler
 from engine.kv_cache import KVCache, torch_kernels
 from model.decoder import Decoder
@@ -118,7 +119,13 @@ def load(config: EngineConfig, say: Callable[[str], None], cache_dir: Path) -> L
         say(f"KV pool of {_gib(pool_bytes)} of the {_gib(free_bytes)} free on the GPU; {_gib(free_bytes - pool_bytes)} "
             "are left for activations, graphs and slots")  # fmt: skip
     max_model_len = _max_model_len(config, shape.max_context_tokens, num_blocks, say)
-    grammars = GrammarCompiler(config.grammar_backend, files.path, shape.vocab_size)
+    budgets = GrammarBudgets(
+        slow_s=config.grammar_slow_ms / 1e3,
+        heavy_s=config.grammar_heavy_ms / 1e3,
+        mean_s=config.grammar_mean_ms / 1e3,
+        worst_s=config.grammar_worst_ms / 1e3,
+    )
+    grammars = GrammarCompiler(config.grammar_backend, files.path, shape.vocab_size, budgets)
     return LoadedModel(
         decoder,
         fingerprint,

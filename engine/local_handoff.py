@@ -28,6 +28,7 @@ from typing import Protocol
 
 from engine.block_pool import BlockPool, PoolWatch
 from engine.loading import LoadedModel
+from engine.placement import Failure
 from engine.stream_partition import RoleQueues
 from protocol.wire import PeerAddress
 
@@ -54,7 +55,7 @@ class PromptTaker(Protocol):
         """Hold a computed prompt's blocks, in order, and let its sequence run; nothing happens if its slot is gone."""
         ...
 
-    def abandon(self, transfer_id: int, failure: str | None) -> None:
+    def abandon(self, transfer_id: int, failure: Failure | None) -> None:
         """Give up the slot of a sequence whose prompt will not come; `failure` None if its request has ended well."""
         ...
 

@@ -8,17 +8,37 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from dataclasses import dataclass
+from typing import Final, Generic, TypeVar
 
 from engine.grammar import GrammarState
 from engine.loading import LoadedModel
 from engine.sequence import Sequence
 from protocol.block_hash import block_hashes, root_hash
-from protocol.errors import GrammarError
+from protocol.errors import GrammarError, GrammarUnavailable
 from protocol.readout import Pooling, ReadEmbedding, ReadLabels
-from protocol.wire import Prefill, Reserve
+from protocol.wire import GrammarFailed, Prefill, Reserve, TransferFailed
+
+MAX_REASON_CHARS: Final = 4000
 
 Placement = TypeVar("Placement", Prefill, Reserve)
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a placement ended before its time.
+
+    Attributes:
+        is_of_grammar: its grammar failed, as it would anywhere; else it may be placed again.
+    """
+
+    reason: str
+    is_of_grammar: bool = False
+
+    def message(self, transfer_id: int) -> GrammarFailed | TransferFailed:
+        """Return what the router is told."""
+        kind = GrammarFailed if self.is_of_grammar else TransferFailed
+        return kind(transfer_id=transfer_id, reason=self.reason[:MAX_REASON_CHARS])
 
 
 class Placing(Generic[Placement]):
@@ -27,13 +47,21 @@ class Placing(Generic[Placement]):
     Args:
         model: which is to run them.
         is_held: whether a placement is still wanted.
-        fail: reports that a placement cannot be run here, and ends it.
+        fail: ends a placement that cannot be run here, and reports why: a failed grammar fails everywhere.
+        wake: lets the stepper look again; called on any thread when a slow grammar has gone on.
     """
 
-    def __init__(self, model: LoadedModel, is_held: Callable[[int], bool], fail: Callable[[int, str], None]) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        is_held: Callable[[int], bool],
+        fail: Callable[[int, Failure], None],
+        wake: Callable[[], None],
+    ) -> None:
         self._model = model
         self._is_held = is_held
         self._fail = fail
+        self._wake = wake
         self._tasks: set[asyncio.Task[None]] = set()
 
     def place(self, message: Placement, ready: Callable[[Placement, Sequence], None]) -> None:
@@ -54,13 +82,15 @@ class Placing(Generic[Placement]):
     async def _compile(self, message: Placement, ready: Callable[[Placement, Sequence], None]) -> None:
         try:
             if self._model.grammars is None:
-                raise GrammarError("this worker has no vocabulary to compile grammars for")
+                raise GrammarUnavailable("this worker has no vocabulary to compile grammars for")
             grammar = await self._model.grammars.state_of(message.sampling, message.emitted)
-        except GrammarError as error:
+        except (GrammarError, GrammarUnavailable) as error:
             if self._is_held(message.transfer_id):
-                self._fail(message.transfer_id, f"grammar: {error}")
+                self._fail(message.transfer_id, Failure(f"grammar: {error}", isinstance(error, GrammarError)))
             return
         if self._is_held(message.transfer_id):
+            if grammar is not None:
+                grammar.on_settled = self._wake
             ready(message, sequence_of(message, self._model, grammar))
 
 

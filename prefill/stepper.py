@@ -6,6 +6,7 @@ so that the event loop pushes it beside the computation. 4. The last chunk yield
 lets the blocks go.
 
 `Measure` comes before the first of them, if it comes: how fast prompts are computed here (prefill/self_test.py).
+A first token whose grammar is slow is told once that has worked it off (`GrammarSettled`); its blocks wait with it.
 
 A readout has neither receiver nor first token: its last chunk yields `ReadingsReady`, and its blocks go at once.
 
@@ -25,7 +26,8 @@ from dataclasses import dataclass
 
 from engine.batch import BatchItem
 from engine.block_pool import BlockPool, PoolCounts, PoolWatch
-from engine.grammar import finish_reason
+from engine.grammar import GrammarSettled, ended, follow
+from engine.placement import Failure
 from engine.pooling import Pool
 from engine.reading import Reading, join
 from engine.runner import BatchRunner
@@ -34,7 +36,7 @@ from prefill.scheduler import JobState, PrefillJob, PrefillScheduler
 from prefill.self_test import PromptPace, measure_prompts
 from protocol.handoff import SendRange
 from protocol.readout import PromptLogprobs, ReadEmbedding
-from protocol.request import TokenRow
+from protocol.request import FinishReason, TokenRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,7 @@ class Measure:
     """Event: measure how fast prompts are computed; nothing was placed here yet."""
 
 
-PrefillEvent = Submit | AbortJob | TransferEnded | Measure
+PrefillEvent = Submit | AbortJob | TransferEnded | Measure | GrammarSettled
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +101,7 @@ class PromptFailed:
     """Emission: the prompt's first token could not be chosen, since its grammar failed."""
 
     transfer_id: int
-    reason: str
+    failure: Failure
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +128,16 @@ class PrefillCounters:
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
     step_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Untold:
+    """A first token that waits for its grammar, and why its sequence ends with it but for that."""
+
+    job: PrefillJob
+    item: BatchItem
+    result: Sampled
+    reason: FinishReason | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +181,7 @@ class PrefillStepper:
         self._max_model_len = max_model_len
         self._chunk_tokens = scheduler.chunk_tokens
         self._due: deque[tuple[Callable[[], bool], Callable[[], None]]] = deque()
+        self._behind: list[_Untold] = []
         self._num_in_flight = 0
         self._landed_s = 0.0
         self.counters = PrefillCounters()
@@ -195,13 +208,18 @@ class PrefillStepper:
         elif isinstance(event, AbortJob):
             self._scheduler.abort(event.transfer_id)
             if self._scheduler.taker is not None:
-                self._scheduler.taker.abandon(event.transfer_id, "its prompt was aborted")
+                self._scheduler.taker.abandon(event.transfer_id, Failure("its prompt was aborted"))
         elif isinstance(event, TransferEnded):
             self._scheduler.transfer_ended(event.transfer_id)
         else:
             max_tokens = min(self._max_model_len - 1, self._pool.num_blocks * self._block_size)
             self._emit(measure_prompts(self._runner, self._block_size, max_tokens, self._chunk_tokens))
         self._publish()
+
+    @property
+    def num_behind(self) -> int:
+        """First tokens that wait for their grammars."""
+        return len(self._behind)
 
     @property
     def is_waiting(self) -> bool:
@@ -211,6 +229,8 @@ class PrefillStepper:
     def step(self) -> bool:
         """Say what is due and launch the next chunks."""
         spoke = self._speak()
+        if self.num_behind:
+            spoke |= self._catch_up()
         if self._num_in_flight == self._runner.depth:
             return spoke
         begin_s = time.monotonic()
@@ -247,8 +267,9 @@ class PrefillStepper:
                 if job.sequence.readout is not None:
                     self._read(job, item, result)
                 elif isinstance(result, Sampled):
-                    self._finish(job, result)
-            self._scheduler.landed(items)  # may let go of blocks: only after they have been handed over
+                    self._finish(job, item, result)
+            # May let go of blocks: only after they have been handed over.
+            self._scheduler.landed(self._without_behind(items))
             now_s = time.monotonic()
             self.counters.num_steps += 1
             self.counters.num_computed_tokens += num_tokens
@@ -309,15 +330,36 @@ class PrefillStepper:
             cells = SendRange(push.first_block, push.num_blocks, first_layer, num_layers)
             self._say(CellsReady(push.transfer_id, cells))
 
-    def _finish(self, job: PrefillJob, result: Sampled) -> None:
-        seq, now_s = job.sequence, time.monotonic()
+    def _finish(self, job: PrefillJob, item: BatchItem, result: Sampled) -> None:
+        seq = job.sequence
         room_tokens = self._max_model_len - seq.num_prefill_tokens - 1
-        index = seq.num_output_tokens
-        reason = finish_reason(seq.sampling, seq.grammar, result.token_id, index + 1, room_tokens)
+        reason = follow(seq.sampling, seq.grammar, result.token_id, seq.num_output_tokens + 1, room_tokens)
+        if seq.grammar is None or seq.grammar.is_settled:
+            self._tell(job, result, reason)
+        else:
+            self._behind.append(_Untold(job, item, result, reason))
+
+    def _without_behind(self, items: list[BatchItem]) -> list[BatchItem]:
+        behind = [untold.item for untold in self._behind]
+        return [item for item in items if all(item is not other for other in behind)] if behind else items
+
+    def _catch_up(self) -> bool:
+        """Tell the first tokens that slow grammars have worked off meanwhile; False if there are none."""
+        settled = [u for u in self._behind if u.job.sequence.grammar is None or u.job.sequence.grammar.is_settled]
+        for untold in settled:
+            self._behind.remove(untold)
+            if untold.job.state is not JobState.ABORTED:
+                self._tell(untold.job, untold.result, untold.reason)
+            self._scheduler.landed([untold.item])
+        return bool(settled)
+
+    def _tell(self, job: PrefillJob, result: Sampled, reason: FinishReason | None) -> None:
+        seq, now_s = job.sequence, time.monotonic()
         if seq.grammar is not None and seq.grammar.failure is not None:
-            self._give_up(job, seq.grammar.failure)
+            self._give_up(job, Failure(f"grammar: {seq.grammar.failure}", is_of_grammar=True))
             return
-        row = TokenRow(seq.request_id, seq.epoch, index, result.token_id, reason, result.logprobs)
+        reason = ended(seq.grammar, reason)
+        row = TokenRow(seq.request_id, seq.epoch, seq.num_output_tokens, result.token_id, reason, result.logprobs)
         queue_s, prefill_s = job.started_s - job.arrived_s, now_s - job.started_s
         self._emit(FirstTokenReady(job.transfer_id, row, job.num_cached_tokens, queue_s, prefill_s))
         taker = self._scheduler.taker
@@ -326,11 +368,11 @@ class PrefillStepper:
         elif taker is not None:
             taker.abandon(job.transfer_id, None)
 
-    def _give_up(self, job: PrefillJob, reason: str) -> None:
+    def _give_up(self, job: PrefillJob, failure: Failure) -> None:
         self._scheduler.abort(job.transfer_id)
-        self._emit(PromptFailed(job.transfer_id, reason))
+        self._emit(PromptFailed(job.transfer_id, failure))
         if self._scheduler.taker is not None:
-            self._scheduler.taker.abandon(job.transfer_id, reason)
+            self._scheduler.taker.abandon(job.transfer_id, failure)
 
     def _read(self, job: PrefillJob, item: BatchItem, result: Sampled | Reading | None) -> None:
         """Keep what a chunk of a readout gave; tell all of it with the last."""

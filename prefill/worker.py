@@ -27,10 +27,11 @@ from engine.block_pool import BlockPool, PoolCounts
 from engine.compute_loop import ComputeLoop
 from engine.encoder_loading import is_encoder_model
 from engine.execution import open_batch_runner, phases_agree, stays_on_device
+from engine.grammar import GrammarSettled
 from engine.loading import LoadedModel, load, pin_process
 from engine.local_handoff import TRANSPORT as LOCAL
 from engine.local_handoff import OnePool, PromptTaker
-from engine.placement import Placing, refusal_of
+from engine.placement import Failure, Placing, refusal_of
 from engine.runner import BatchRunner
 from engine.sequence import Sequence
 from engine.service import WorkerService, drain_on_signals, new_registration
@@ -67,7 +68,6 @@ from protocol.wire import (
     Readings,
     Reserve,
     Role,
-    TransferFailed,
     WorkerStats,
 )
 
@@ -97,7 +97,9 @@ class PrefillWorker:
         self._sending: SendSide | None = None
         self._open_transfers: set[int] = set()
         self._is_measured = asyncio.Event()
-        self._placing: Placing[Prefill] = Placing(model, self._is_held, self._fail)
+        self._placing: Placing[Prefill] = Placing(
+            model, self._is_held, self._fail, lambda: compute.post(self._stepper, GrammarSettled())
+        )
         registration = new_registration(
             config.service,
             Role.PREFILL,
@@ -266,7 +268,7 @@ class PrefillWorker:
             if emission.transfer_id in self._open_transfers:
                 self._sender.ready(emission.transfer_id, emission.cells)
         elif isinstance(emission, PromptFailed):
-            self._fail(emission.transfer_id, emission.reason)
+            self._fail(emission.transfer_id, emission.failure)
         elif isinstance(emission, PromptPace):
             self._note_pace(emission)
         elif isinstance(emission, ReadingsReady):
@@ -323,17 +325,17 @@ class PrefillWorker:
         if ending is not None and self.service.holds(transfer_id):
             self._compute.post(self._stepper, AbortJob(transfer_id))
             if ending.is_failure:
-                self.service.tell(transfer_id, TransferFailed(transfer_id=transfer_id, reason=ending.reason[:4000]))
+                self.service.tell(transfer_id, Failure(ending.reason).message(transfer_id))
         self.service.release(transfer_id)
 
     def _is_held(self, transfer_id: int) -> bool:
         return self.service.holds(transfer_id)
 
-    def _fail(self, transfer_id: int, reason: str) -> None:
-        self.service.tell(transfer_id, TransferFailed(transfer_id=transfer_id, reason=reason[:4000]))
+    def _fail(self, transfer_id: int, failure: Failure) -> None:
+        self.service.tell(transfer_id, failure.message(transfer_id))
         self.service.release(transfer_id)
         if transfer_id in self._open_transfers:
-            self._sender.abort(transfer_id, reason)
+            self._sender.abort(transfer_id, failure.reason)
 
     def _refusal(self, message: Prefill | Reserve) -> str | None:
         if not isinstance(message, Prefill):

@@ -11,6 +11,7 @@ BatonError
 ├── RequestFailed               accepted, then not completed (HTTP 5xx or an error event)
 │   ├── NotReady                503: nobody can take it now; carries retry_after_s
 │   ├── DeadlineExceeded        504: its deadline passed
+│   ├── AnswerImpossible        400: what its answer must obey cannot be gone on with; asked again it fails again
 │   └── RequestAborted          499: ended by its id before it had finished
 ├── ProtocolError               a peer said what the wire does not allow; the connection is closed
 │   ├── AuthenticationFailed    wrong cluster secret, or none
@@ -21,7 +22,8 @@ BatonError
 │   ├── ChecksumMismatch        a piece arrived damaged
 │   └── TransferStalled         no piece made progress within its budget
 ├── LeaseExpired                the holder did not renew in time
-├── GrammarError                a grammar cannot be compiled, or does not allow the tokens that it should
+├── GrammarError                a grammar cannot be compiled, costs too much, or does not allow what it should
+├── GrammarUnavailable          a grammar cannot be compiled here, or not now; it may well be elsewhere
 ├── OutOfBlocks                 the KV pool cannot give that many blocks now
 └── EngineDead                  the compute thread died: fatal to its process
 """
@@ -109,6 +111,18 @@ class DeadlineExceeded(RequestFailed):
     status = 504
 
 
+class AnswerImpossible(RequestFailed):
+    """The grammar of the answer failed while it was written: the client's own, so that asking again does not help.
+
+    Attributes:
+        param: the field that asked for it, once it is known.
+    """
+
+    status = 400
+    error_type = "invalid_request_error"
+    param: str | None = None
+
+
 class RequestAborted(RequestFailed):
     """The request was ended by its id before it had finished."""
 
@@ -152,7 +166,14 @@ class LeaseExpired(BatonError):
 
 
 class GrammarError(BatonError):
-    """A grammar cannot be compiled, or does not allow the tokens that are there already."""
+    """A grammar cannot be compiled, costs too much, or does not allow the tokens that are there already.
+
+    It says so wherever it is tried.
+    """
+
+
+class GrammarUnavailable(BatonError):
+    """A grammar cannot be compiled on this worker, or not now: nothing is known to be wrong with it."""
 
 
 class OutOfBlocks(BatonError):

@@ -12,14 +12,22 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
 from protocol.errors import GrammarError
 from protocol.request import Grammar, GrammarKind
-from protocol.vocabulary import TokenBytes
+from protocol.vocabulary import Spelling, TokenBytes
 
 DEFAULT_WHITESPACE: Final = " ?"
 # A tenth of the library's own: what asks for more holds up the decode step, and every sequence in it, for seconds.
-LIMITS: Final = LLParserLimits(
-    initial_lexer_fuel=200_000, step_lexer_fuel=20_000, max_lexer_states=5_000, verbose_errors=False
-)
+INITIAL_LEXER_FUEL: Final = 200_000
+STEP_LEXER_FUEL: Final = 20_000
+MAX_LEXER_STATES: Final = 5_000
+# What an ambiguous grammar costs grows with the square of the items in a row of its parser. A row of a grammar that is
+# not ambiguous has no more of them than its text has alternatives, and each of these takes some characters.
+BASE_ROW_ITEMS: Final = 400
+BYTES_PER_ROW_ITEM: Final = 2
+MAX_ROW_ITEMS: Final = 2_000  # the library's own
+STEP_ITEMS_PER_ROW_ITEM: Final = 15
 MAX_REASON_CHARS: Final = 300
+# The library asks anew, with every mask, how the whole text that is forced is spelled, and uses the first token alone.
+MAX_SPELLED_BYTES: Final = 512
 
 
 def open_tokenizer(vocabulary: TokenBytes, vocab_size: int) -> LLTokenizer:
@@ -38,14 +46,34 @@ def open_tokenizer(vocabulary: TokenBytes, vocab_size: int) -> LLTokenizer:
     return LLTokenizer(wrapped, vocab_size, list(vocabulary.eos_token_ids), LLTokenizer.json_slices())
 
 
-def compile_matcher(tokenizer: LLTokenizer, grammar: Grammar) -> LLMatcher:
-    """Return a matcher at the beginning of a grammar. Lets other threads run. Raises GrammarError with the reason."""
+def compile_matcher(tokenizer: LLTokenizer, grammar: Grammar, is_trial: bool = False) -> LLMatcher:
+    """Return a matcher at the beginning of a grammar. Lets other threads run. Raises GrammarError with the reason.
+
+    Args:
+        tokenizer: of the vocabulary.
+        grammar: what to compile.
+        is_trial: allow the library's own ambiguity: a random answer may run into what a sensible one never meets, and
+            one that does meet it is ended for itself.
+    """
     try:
-        matcher = LLMatcher(tokenizer, _native(grammar), log_level=0, limits=LIMITS)
+        limits = limits_of(MAX_ROW_ITEMS if is_trial else _num_row_items(grammar))
+        matcher = LLMatcher(tokenizer, _native(grammar), log_level=0, limits=limits)
     except (ValueError, RecursionError) as error:
         raise GrammarError(_short(str(error))) from error
     require_sound(matcher)
     return matcher
+
+
+def limits_of(num_row_items: int) -> LLParserLimits:
+    """Return what the library may spend on a step of a grammar that may have so many items in a row."""
+    return LLParserLimits(
+        initial_lexer_fuel=INITIAL_LEXER_FUEL,
+        step_lexer_fuel=STEP_LEXER_FUEL,
+        max_lexer_states=MAX_LEXER_STATES,
+        max_items_in_row=num_row_items,
+        step_max_items=num_row_items * STEP_ITEMS_PER_ROW_ITEM,
+        verbose_errors=False,
+    )
 
 
 def require_sound(matcher: LLMatcher) -> None:
@@ -54,17 +82,25 @@ def require_sound(matcher: LLMatcher) -> None:
         raise GrammarError(_short(matcher.get_error()))
 
 
+def _num_row_items(grammar: Grammar) -> int:
+    return min(MAX_ROW_ITEMS, BASE_ROW_ITEMS + len(grammar.text) // BYTES_PER_ROW_ITEM)
+
+
 class _Source:
+    """A vocabulary as the library reads it: the tokens' bytes, and how a text is spelled with ordinary ones."""
+
     def __init__(self, vocabulary: TokenBytes, vocab_size: int) -> None:
         missing = vocab_size - len(vocabulary.tokens)
         self.tokens = [*vocabulary.tokens[:vocab_size], *[b""] * missing]
-        self.special_token_ids = sorted(vocabulary.special_ids)
+        self.special_token_ids = sorted(i for i in vocabulary.special_ids if i < vocab_size)
         self.bos_token_id = vocabulary.bos_token_id
         self.eos_token_id = vocabulary.eos_token_ids[0]
-        self._encode = vocabulary.encode
+        self._spelling = Spelling(vocabulary)
 
     def __call__(self, text: bytes | str) -> list[int]:
-        return self._encode(text.decode() if isinstance(text, bytes) else text)
+        if isinstance(text, str):
+            text = text.encode()
+        return self._spelling.of(text[:MAX_SPELLED_BYTES].decode(errors="ignore"))
 
 
 def _native(grammar: Grammar) -> str:

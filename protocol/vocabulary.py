@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
@@ -53,10 +54,10 @@ class TokenBytes:
 
     Attributes:
         tokens: by token id; empty for ids that stand for nothing.
-        special_ids: tokens that are no text, such as the ends of turns.
+        special_ids: tokens that are no text, such as the ends of turns and of answers.
         eos_token_ids: those that end an answer.
         bos_token_id: the one that begins a prompt, if there is one.
-        encode: text to token ids, without any frame.
+        encode: text to token ids, without any frame; the name of a special token is text like any other.
     """
 
     tokens: tuple[bytes, ...]
@@ -70,18 +71,69 @@ class TokenBytes:
         """Read the vocabulary of the model at a path. Raises ConfigError as `load_vocabulary` does."""
         source = load_vocabulary(path)
         tokenizer, to_bytes = source.tokenizer, byte_form(source.tokenizer)
+        tokenizer.encode_special_tokens = True
         pieces = {token_id: to_bytes(piece) for piece, token_id in tokenizer.get_vocab(with_added_tokens=True).items()}
         added = tokenizer.get_added_tokens_decoder()
         pieces |= {token_id: token.content.encode() for token_id, token in added.items()}
         tokens = tuple(pieces.get(token_id, b"") for token_id in range(max(pieces) + 1))
-        bos = source.special.get("bos_token")
+        bos, eos_token_ids = source.special.get("bos_token"), source.known_eos_token_ids()
         return cls(
             tokens,
-            frozenset(token_id for token_id, token in added.items() if token.special),
-            source.known_eos_token_ids(),
+            # What ends an answer is no text of it, whatever kind of token the files call it.
+            frozenset(token_id for token_id, token in added.items() if token.special).union(eos_token_ids),
+            eos_token_ids,
             None if bos is None else tokenizer.token_to_id(bos),
             lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
         )
+
+
+class Spelling:
+    """How text is written with the ordinary tokens of a vocabulary: those that stand for exactly its bytes.
+
+    As the tokenizer writes it, wherever that means the same bytes: it may normalise, put a space in front, or know only
+    an "unknown" token. Then the longest token that fits is taken, again and again.
+    """
+
+    def __init__(self, vocabulary: TokenBytes) -> None:
+        self._vocabulary = vocabulary
+
+    def of(self, text: str) -> list[int]:
+        """Return the token ids of a text; what no token stands for is left out."""
+        found, wanted = self._vocabulary.encode(text), text.encode()
+        if self._is_of(found, wanted):
+            return found
+        # SentencePiece puts a space of its own before a text, as a token or in the first one.
+        return found[1:] if self._is_of(found[1:], wanted) else self._longest_first(wanted)
+
+    def _is_of(self, token_ids: list[int], wanted: bytes) -> bool:
+        vocabulary = self._vocabulary
+        return (
+            vocabulary.special_ids.isdisjoint(token_ids)
+            and max(token_ids, default=-1) < len(vocabulary.tokens)
+            and b"".join(vocabulary.tokens[i] for i in token_ids) == wanted
+        )
+
+    @cached_property
+    def _ids(self) -> dict[bytes, int]:
+        """The ordinary tokens by their bytes; few models ever need it."""
+        ids: dict[bytes, int] = {}
+        for token_id, token in enumerate(self._vocabulary.tokens):
+            if token and token_id not in self._vocabulary.special_ids:
+                ids.setdefault(token, token_id)
+        return ids
+
+    def _longest_first(self, wanted: bytes) -> list[int]:
+        found, start, max_bytes = [], 0, max(map(len, self._ids), default=0)
+        while start < len(wanted):
+            for length in range(min(max_bytes, len(wanted) - start), 0, -1):
+                token_id = self._ids.get(wanted[start : start + length])
+                if token_id is not None:
+                    found.append(token_id)
+                    break
+            else:
+                length = 1
+            start += length
+        return found
 
 
 def load_vocabulary(path: Path) -> Vocabulary:

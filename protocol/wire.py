@@ -14,8 +14,9 @@ History of WIRE_VERSION (raise it when an old peer would misread a new message):
     2  peers: staging and checksum are agreed on; each end says Tested before the connection is used
     3  a prompt may be followed by what was emitted before, computed by prefill: FirstToken is the token after that
     4  sampling may carry a grammar, and a prompt may be computed for a readout: an old worker would ignore both
-    5  decode reserves blocks when a prompt begins, which prefill says with Begin: an old peer would wait for ever
-       and payload goes between two UCX workers whose addresses each end says (PeerPath); no port, no token
+    5  decode reserves blocks when a prompt begins, which prefill says with Begin: an old peer would wait for ever;
+       payload goes between two UCX workers whose addresses each end says (PeerPath): no port, no token; a grammar
+       that failed is told by a message of its own, which an old router would close the connection for
 """
 
 from __future__ import annotations
@@ -208,6 +209,13 @@ class Preempted(Message, frozen=True, kw_only=True):
 
 class TransferFailed(Message, frozen=True, kw_only=True):
     """Either worker: the hand-off of this placement broke; it holds nothing of it any more."""
+
+    transfer_id: Id
+    reason: Text
+
+
+class GrammarFailed(Message, frozen=True, kw_only=True):
+    """Either worker: the grammar of this request failed, as it would anywhere; the worker holds nothing of it."""
 
     transfer_id: Id
     reason: Text
@@ -419,7 +427,18 @@ class PeerAbort(Message, frozen=True, kw_only=True):
 
 
 HandshakeMessage = Challenge | Proof | Accept
-WorkerMessage = Register | Heartbeat | Links | FirstToken | Readings | Tokens | Declined | Preempted | TransferFailed
+WorkerMessage = (
+    Register
+    | Heartbeat
+    | Links
+    | FirstToken
+    | Readings
+    | Tokens
+    | Declined
+    | Preempted
+    | TransferFailed
+    | GrammarFailed
+)
 RouterMessage = Welcome | Dismissed | Pulse | Members | Reserve | Prefill | Abort | Drain
 PeerMessage = (
     PeerHello

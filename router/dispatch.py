@@ -19,7 +19,8 @@
 6. The streams of a draining decode worker are moved to another one with room, a few at a time; it goes on with those
    that would be finished sooner than moved, and with what nobody else has room for, until its own budget is over.
 7. A readout needs a prefill worker alone and ends with its Readings; lost with its worker, it is read again elsewhere.
-8. Every accepted request ends with exactly one of Finish, Fail, Cancelled, and an Abort to whoever holds some of it.
+8. A grammar that failed fails wherever it is tried: its request ends at once, and is not placed again.
+9. Every accepted request ends with exactly one of Finish, Fail, Cancelled, and an Abort to whoever holds some of it.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ from collections.abc import Iterable
 from typing import Final
 
 from protocol.block_hash import BlockHash, block_hashes, root_hash
-from protocol.errors import NotReady, RequestFailed
+from protocol.errors import AnswerImpossible, NotReady, RequestFailed
 from protocol.kv_layout import KVFingerprint
 from protocol.readout import does_answer, reads_cache
 from protocol.request import FinishReason, TokenRow
-from protocol.wire import Abort, Declined, FirstToken, Preempted, Readings, TransferFailed
+from protocol.wire import Abort, Declined, FirstToken, GrammarFailed, Preempted, Readings, TransferFailed
 from router.fairness import FairQueue, Shares
 from router.instructions import (
     Cancelled,
@@ -266,6 +267,14 @@ class Dispatch:
         """Take the news that a hand-off broke."""
         request = self._left(key, message.transfer_id)
         return [] if request is None else self._replace(request, message.reason, now_s)
+
+    def grammar_failed(self, key: WorkerKey, message: GrammarFailed, now_s: float) -> list[Instruction]:
+        """Take the news that what a request's output must obey cannot be gone on with, here or anywhere."""
+        request = self._left(key, message.transfer_id)
+        if request is None:
+            return []
+        error = AnswerImpossible(message.reason)
+        return self._end(request, Fail(request.request_id, error), message.reason) + self._place_waiting(now_s)
 
     def worker_lost(self, key: WorkerKey, now_s: float) -> list[Instruction]:
         """Place again whatever this instance held; it is out of the registry already."""

@@ -2,7 +2,8 @@
 
 1. `main` reads the vocabulary, bounds the memory that it may take beyond that, and says that it is ready.
 2. Each `Question` on stdin gets one `Verdict` on stdout, both as JSON behind a length of four bytes.
-3. A question that takes more than its share of CPU ends the process by a signal, in the middle of whatever it is at.
+3. A question that takes long goes on at idle priority. One that takes more than its share of CPU time, however long
+   that lasts on a busy machine, ends the process by a signal, in the middle of whatever it is at.
 4. The end of stdin ends it: no router, no child.
 
 A grammar is compiled, and then a few dozen tokens that it allows are taken at random: what would meet the library's
@@ -16,6 +17,9 @@ import random
 import resource
 import signal
 import sys
+import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -29,6 +33,9 @@ from router.schema_exact import exact_schema
 MAX_MEMORY_BYTES: Final = 1 << 30
 CHECK_CPU_S: Final = 2.0
 NUM_PROBED_TOKENS: Final = 48
+# What takes more CPU time than this has only what everybody else leaves of the machine from then on.
+MODEST_CPU_S: Final = 0.05
+LOOK_S: Final = 0.01
 NICENESS: Final = 5
 _LENGTH_BYTES: Final = 4
 
@@ -74,12 +81,33 @@ def main(model_path: str) -> None:
         question = msgspec.json.decode(reader.read(int.from_bytes(head, "little")), type=Question)
         # By default SIGPROF kills, wherever the process is.
         signal.setitimer(signal.ITIMER_PROF, CHECK_CPU_S)
-        try:
-            verdict = Verdict(text=trial.text_of(question.grammar))
-        except GrammarError as error:
-            verdict = Verdict(error=str(error))
+        verdict = _judged(trial, question.grammar)
         signal.setitimer(signal.ITIMER_PROF, 0)
         write(writer, verdict)
+
+
+def _judged(trial: Trial, grammar: Grammar) -> Verdict:
+    """Return the verdict on a grammar: tried in a thread of its own, which gives up its priority if it takes long."""
+    verdicts: list[Verdict] = []
+
+    def judge() -> None:
+        try:
+            verdicts.append(Verdict(text=trial.text_of(grammar)))
+        except GrammarError as error:
+            verdicts.append(Verdict(error=str(error)))
+
+    thread = threading.Thread(target=judge)
+    begin_s, is_idle = time.process_time(), False
+    thread.start()
+    while thread.is_alive():
+        thread.join(None if is_idle else LOOK_S)
+        if not is_idle and time.process_time() - begin_s > MODEST_CPU_S:
+            is_idle = True
+            assert thread.native_id is not None, "it is alive, so it has begun"
+            with suppress(OSError):
+                os.sched_setscheduler(thread.native_id, os.SCHED_IDLE, os.sched_param(0))
+    assert verdicts, "what it raised ends this process"
+    return verdicts[0]
 
 
 def _bound_memory() -> None:
@@ -106,7 +134,7 @@ class Trial:
         from protocol.guidance import compile_matcher
 
         grammar = msgspec.structs.replace(grammar, text=_held(grammar))
-        self._probe(compile_matcher(self._tokenizer, grammar))
+        self._probe(compile_matcher(self._tokenizer, grammar, is_trial=True))
         return grammar.text
 
     def _probe(self, matcher: object) -> None:

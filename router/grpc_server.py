@@ -29,6 +29,7 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from protocol.errors import (
+    AnswerImpossible,
     BatonError,
     DeadlineExceeded,
     InvalidRequest,
@@ -43,7 +44,6 @@ from protocol.errors import (
 from protocol.request import FinishReason
 from router.access import Access
 from router.access_log import AccessLog, RequestRecord, current
-from router.admission import OVERLOAD_RETRY_S
 from router.api import ChatRequest, CompletionRequest, parse
 from router.bodies import body_of_fields
 from router.config import RouterConfig
@@ -75,6 +75,7 @@ _STATUS: Final[tuple[tuple[type[BatonError], grpc.StatusCode], ...]] = (
     (Unauthorized, grpc.StatusCode.UNAUTHENTICATED),
     (UnknownModel, grpc.StatusCode.NOT_FOUND),
     (RequestRejected, grpc.StatusCode.INVALID_ARGUMENT),
+    (AnswerImpossible, grpc.StatusCode.INVALID_ARGUMENT),
     (NotReady, grpc.StatusCode.UNAVAILABLE),
     (DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED),
     (RequestAborted, grpc.StatusCode.ABORTED),

@@ -85,8 +85,10 @@ class Metrics:
         self._aliases.append(("vllm:request_success", success))
         self._failed = Counter("baton_request_failed", "Accepted requests that ended otherwise.", ("reason",),
                                registry=self._registry)  # fmt: skip
-        for reason in ("not_ready", "placements", "cancelled"):
+        for reason in ("not_ready", "placements", "cancelled", "grammar"):
             self._failed.labels(reason)
+        self._grammars = Counter("baton_grammar_failures", "Answers whose grammar failed while they were written.",
+                                 registry=self._registry)  # fmt: skip
         self._stale = Counter("baton_stale_tokens", "Tokens of placements and workers given up, which were dropped.",
                               registry=self._registry)  # fmt: skip
         self._num_stale = 0
@@ -174,6 +176,11 @@ class Metrics:
     def failed(self, reason: str) -> None:
         """Count a choice that could not be completed."""
         self._failed.labels(reason).inc()
+
+    def grammar_failed(self) -> None:
+        """Count a choice that ended with its grammar: the client's, so that no alert on failures need ring."""
+        self._grammars.inc()
+        self._failed.labels("grammar").inc()
 
     def cancelled(self) -> None:
         """Count a choice whose client left."""

@@ -17,7 +17,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from protocol.errors import RequestFailed
+from protocol.errors import AnswerImpossible, RequestFailed
 from protocol.request import FinishReason
 from router.call_shapes import is_cut_by_stop, new_call_id, parser_for, said_in
 from router.intake import Job
@@ -236,7 +236,7 @@ class ResponseShape:
             completed_at=int(time.time()) if status == "completed" else None,
             status=status,
             output=output,
-            error=None if error is None else ResponseFailure(code="server_error", message=str(error)),
+            error=None if error is None else ResponseFailure(code=_code_of(error), message=str(error)),
             incomplete_details=self._cause if status == "incomplete" else None,
             usage=usage_of(num_input_tokens, self.num_output_tokens, self.num_cached_tokens) if is_over else None,
             **self._asked,
@@ -256,3 +256,8 @@ def shape_of(job: Job, tokenizer: Tokenizer, answer_id: str | None = None, read:
     if job.response is None:
         return AnswerShape(job, tokenizer, answer_id, read)
     return ResponseShape(job, tokenizer, answer_id)
+
+
+def _code_of(error: RequestFailed) -> str:
+    """Return OpenAI's code for a failure: whose fault it is."""
+    return "invalid_prompt" if isinstance(error, AnswerImpossible) else "server_error"

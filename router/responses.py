@@ -7,7 +7,7 @@ from typing import Annotated, Any, Final
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from protocol.errors import Overloaded, RequestFailed, RequestRejected
+from protocol.errors import AnswerImpossible, Overloaded, RequestFailed, RequestRejected
 from router import exact_json
 from router.call_shapes import AnsweredCall, ToolCallDelta
 
@@ -195,7 +195,8 @@ def error_body(message: str, error_type: str, code: int, param: str | None = Non
 
 def body_of_error(error: RequestRejected | RequestFailed) -> dict[str, Any]:
     """Return the error object of one of our own errors."""
-    param = error.param if isinstance(error, RequestRejected) and not isinstance(error, Overloaded) else None
+    names_field = isinstance(error, AnswerImpossible | RequestRejected) and not isinstance(error, Overloaded)
+    param = getattr(error, "param", None) if names_field else None
     return error_body(str(error), error.error_type, error.status, param)
 
 

@@ -28,7 +28,6 @@ from protocol.request import FinishReason
 from protocol.wire import Role
 from router.access import Access
 from router.access_log import AccessLog, current
-from router.admission import OVERLOAD_RETRY_S
 from router.api import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, parse
 from router.config import RouterConfig
 from router.core import Core

@@ -21,12 +21,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from protocol.channel import Conversation
-from protocol.errors import NotReady, RequestFailed
+from protocol.errors import AnswerImpossible, NotReady, RequestFailed
 from protocol.timeline import Timeline
 from protocol.wire import (
     Declined,
     Dismissed,
     FirstToken,
+    GrammarFailed,
     Heartbeat,
     Links,
     Members,
@@ -347,18 +348,23 @@ class Switchboard:
                 self._run(self.dispatch.declined(key, message, now_s))
             case Preempted():
                 self._run(self.dispatch.preempted(key, message, now_s))
-            case TransferFailed():
-                # What is history by now has failed nobody.
-                name = self._name_of(message.transfer_id)
-                level = logging.WARNING if self.dispatch.request_of(message.transfer_id) else logging.DEBUG
-                on = (message.transfer_id, key.worker_id, message.reason)
-                log.log(level, "request %s: placement %d failed at %s: %s", name, *on)
-                self._run(self.dispatch.transfer_failed(key, message, now_s))
+            case TransferFailed() | GrammarFailed():
+                self._run(self._failed(key, message, now_s))
             case Links():
                 self.registry.set_links(key, message.peers)
                 self._run(self.dispatch.tick(now_s))
             case Register():
                 self.lose(key, "it registered twice")
+
+    def _failed(self, key: WorkerKey, message: TransferFailed | GrammarFailed, now_s: float) -> list[Instruction]:
+        name, on = self._name_of(message.transfer_id), (message.transfer_id, key.worker_id, message.reason)
+        if isinstance(message, GrammarFailed):
+            log.info("request %s: the grammar of placement %d failed at %s: %s", name, *on)
+            return self.dispatch.grammar_failed(key, message, now_s)
+        # What is history by now has failed nobody.
+        level = logging.WARNING if self.dispatch.request_of(message.transfer_id) else logging.DEBUG
+        log.log(level, "request %s: placement %d failed at %s: %s", name, *on)
+        return self.dispatch.transfer_failed(key, message, now_s)
 
     def lose(self, key: WorkerKey, reason: str) -> None:
         """Give up an instance of a worker: its connection is cut, what it held is placed again. Idempotent."""
@@ -504,7 +510,11 @@ class Switchboard:
                 record.ended(run.timeline, str(finished))
                 run.session.end_choice()
             case Fail(_, error):
-                self._metrics.failed("not_ready" if isinstance(error, NotReady) else "placements")
+                if isinstance(error, AnswerImpossible):
+                    error.param = run.session.job.grammar_field or None
+                    self._metrics.grammar_failed()
+                else:
+                    self._metrics.failed("not_ready" if isinstance(error, NotReady) else "placements")
                 record.ended(run.timeline, "failed")
                 record.failed(error)
                 run.session.put(error)

@@ -25,6 +25,7 @@ from engine.kv_cache import KVCache
 from kvtransfer.config import TransferConfig
 from kvtransfer.receiving import ReceiveSide
 from kvtransfer.sending import SendSide
+from kvtransfer.tombstones import Ending
 from kvtransfer.transport import Endpoint, Identity, Transport
 from kvtransfer.transports import open_transport
 from protocol.handoff import SendRange
@@ -66,7 +67,7 @@ class Sender:
         self._num_layers = rig.loaded.fingerprint.num_layers
         self._ended: dict[int, asyncio.Future[str | None]] = {}
         self.linked: asyncio.Future[Endpoint] = asyncio.get_running_loop().create_future()
-        self.side = SendSide(rig.kv_cache, config, lambda transfer_id, reason: self._end(transfer_id, reason))
+        self.side = SendSide(rig.kv_cache, config, self._end)
 
     def serve(self, endpoint: Endpoint) -> None:
         """Take the receiver's connection."""
@@ -86,8 +87,8 @@ class Sender:
             raise RuntimeError(f"transfer {transfer_id} ended: {reason}")
         return time.perf_counter() - begin_s
 
-    def _end(self, transfer_id: int, reason: str | None) -> None:
-        self._ended.pop(transfer_id).set_result(reason)
+    def _end(self, transfer_id: int, ending: Ending | None) -> None:
+        self._ended.pop(transfer_id).set_result(None if ending is None else ending.reason)
 
 
 async def transfers(rig: Rig, way: Way, num_blocks: Sequence[int], num_rounds: int) -> Found:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -20,10 +21,10 @@ from decode.stepper import (
 )
 from engine.block_pool import BlockPool
 from engine.decode_runner import HostDecodeRunner
-from engine.grammar import GrammarBackend, GrammarState
+from engine.grammar import GrammarBackend, GrammarBudgets, GrammarLanes, GrammarState
 from engine.kv_cache import KVCache
 from engine.loading import LoadedModel
-from engine.placement import sequence_of
+from engine.placement import Failure, sequence_of
 from engine.runner import Runner
 from engine.sequence import Sequence
 from prefill.scheduler import PrefillJob, PrefillScheduler
@@ -66,7 +67,9 @@ class Pair:
         runner = HostDecodeRunner(Runner(model.decoder, self.decode_kv))
         self.decode = DecodeStepper(runner, self.decode_pool, scheduler, self.from_decode.append)
         self.grammars: GrammarBackend | None = None
-        self.failed: list[tuple[int, str | None]] = []
+        self.budgets: GrammarBudgets | None = None
+        self.lanes: GrammarLanes | None = None
+        self.failed: list[tuple[int, Failure | None]] = []
         self.tokens: dict[int, list[int]] = {}
         self.reasons: dict[int, FinishReason | None] = {}
         self.rows: dict[int, list[TokenRow]] = {}
@@ -92,13 +95,8 @@ class Pair:
         if isinstance(granted, NoRoom):
             return False
         assert isinstance(granted, Granted)
-        message = Prefill(
-            request_id=transfer_id, transfer_id=transfer_id, epoch=1, decode_worker_id="d", prompt=tuple(prompt),
-            emitted=() if is_replayed else tuple(emitted), sampling=sampling, deadline_s=1.0,
-        )  # fmt: skip
-        now_s = time.monotonic()
-        self.prefill.handle(Submit(PrefillJob(self._sequence_of(message), "d", now_s, now_s + 1)))
-        while self.prefill.step() or self.prefill.is_waiting:
+        self.begin(transfer_id, prompt, sampling, () if is_replayed else emitted)
+        while self.prefill.step() or self.prefill.is_waiting or self.prefill.num_behind:
             pass
         first = self._copy(granted)
         self.tokens[transfer_id] = list(emitted) + (first if not emitted or not is_replayed else [])
@@ -106,13 +104,26 @@ class Pair:
         self.decode.handle(JoinBatch(transfer_id, first[0]))
         return True
 
+    def begin(self, transfer_id: int, prompt: list[int], sampling: SamplingParams, emitted: Iterable[int] = ()) -> None:
+        """Submit a prompt to prefill, with what was emitted before and is computed there."""
+        message = Prefill(
+            request_id=transfer_id, transfer_id=transfer_id, epoch=1, decode_worker_id="d", prompt=tuple(prompt),
+            emitted=tuple(emitted), sampling=sampling, deadline_s=1.0,
+        )  # fmt: skip
+        now_s = time.monotonic()
+        self.prefill.handle(Submit(PrefillJob(self._sequence_of(message), "d", now_s, now_s + 1)))
+
     def _sequence_of(self, message: Prefill | Reserve) -> Sequence:
         grammar = None
         if message.sampling.grammar is not None:
             assert self.grammars is not None
             compiled = self.grammars.compile(message.sampling.grammar)
-            grammar = GrammarState(compiled.matcher(), message.sampling, -(-self.model.vocab_size // 32))
-            grammar.replay(message.emitted)
+            num_words = -(-self.model.vocab_size // 32)
+            grammar = GrammarState(compiled.matcher(), message.sampling, num_words, self.budgets, self.lanes)
+            place = 0
+            while place < len(message.emitted):
+                place = grammar.replay(message.emitted, place)
+            grammar.prepare()
         return sequence_of(message, self.model, grammar)
 
     def _copy(self, granted: Granted) -> list[int]:
@@ -147,7 +158,7 @@ class Pair:
         while num_steps > 0:
             if self.decode.step():
                 num_steps -= 1
-            elif not self.decode.is_waiting:
+            elif not self.decode.is_waiting and not self.decode.num_behind:
                 break
             for emission in self.from_decode:
                 if isinstance(emission, GaveWay):

@@ -38,7 +38,7 @@ def _bind(pair: Pair) -> Pair:
     return pair
 
 
-def _alone(model: LoadedModel, prompt: list[int], sampling: SamplingParams) -> list[int]:
+def alone(model: LoadedModel, prompt: list[int], sampling: SamplingParams) -> list[int]:
     pair = _bind(Pair(model))
     assert pair.place(1, prompt, sampling, [])
     pair.run()
@@ -61,7 +61,7 @@ def test_company_changes_no_token_and_every_output_obeys(model: LoadedModel) -> 
         pair.run(num_steps=2)
     pair.run()
     for transfer_id, (prompt, sampling) in CASES.items():
-        assert pair.tokens[transfer_id] == _alone(model, prompt, sampling), transfer_id
+        assert pair.tokens[transfer_id] == alone(model, prompt, sampling), transfer_id
     for transfer_id in (1, 3):
         assert pair.reasons[transfer_id] in (FinishReason.STOP, FinishReason.LENGTH)
         if pair.reasons[transfer_id] is FinishReason.STOP:
@@ -78,7 +78,7 @@ def test_a_sequence_placed_again_goes_on_token_for_token(
     model: LoadedModel, num_emitted: int, is_replayed: bool
 ) -> None:
     prompt, sampling = CASES[5]
-    expected = _alone(model, prompt, sampling)
+    expected = alone(model, prompt, sampling)
     pair = _bind(Pair(model))
     assert pair.place(1, prompt, sampling, expected[:num_emitted], is_replayed)
     pair.run()
@@ -95,14 +95,14 @@ def test_steps_that_wait_for_their_tokens_give_the_host_s(tmp_path: Path) -> Non
         assert ahead.place(transfer_id, prompt, sampling, [])
         ahead.run(num_steps=1)
     ahead.run()
-    assert ahead.tokens == {i: _alone(model, prompt, sampling) for i, (prompt, sampling) in CASES.items()}
+    assert ahead.tokens == {i: alone(model, prompt, sampling) for i, (prompt, sampling) in CASES.items()}
     assert not ahead.failed
 
 
 def test_on_a_device_too_a_sequence_placed_again_goes_on(tmp_path: Path) -> None:
     model = tiny_model(tmp_path, kernels="torch")
     prompt, sampling = CASES[5]
-    expected = _alone(model, prompt, sampling)
+    expected = alone(model, prompt, sampling)
     ahead = _bind(AheadPair(model))
     assert ahead.place(1, prompt, sampling, expected[:9])
     assert ahead.place(2, *CASES[2], [])
@@ -131,13 +131,13 @@ def test_only_a_grammar_keeps_steps_from_running_ahead() -> None:
     assert not scheduler.needs_last_tokens
 
 
-def test_a_grammar_that_fails_ends_its_sequence_alone(model: LoadedModel) -> None:
+def test_a_grammar_that_fails_ends_its_sequencealone(model: LoadedModel) -> None:
     hostile = Grammar(kind=GrammarKind.REGEX, text="[x-z]{3}((a{100}){100}){100}b")
     pair = _bind(Pair(model))
     assert pair.place(1, prompt_of(1, 9), _bound(hostile, 1), [])
     assert pair.place(2, *CASES[2], [])
     pair.run()
     assert [transfer_id for transfer_id, _ in pair.failed] == [1] and "lexer error" in str(pair.failed[0][1])
-    assert pair.tokens[2] == _alone(model, *CASES[2])
+    assert pair.tokens[2] == alone(model, *CASES[2])
     assert set(text_of(pair.tokens[1])) <= {*"xyza"}, "what obeyed was told"
     pair.decode_pool.check(num_expected_leased=0)

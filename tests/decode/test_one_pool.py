@@ -8,6 +8,7 @@ import pytest
 
 from decode.stepper import Abandoned, DecodeEvent
 from engine.loading import LoadedModel
+from engine.placement import Failure
 from prefill.stepper import AbortJob
 from protocol.request import FinishReason, SamplingParams
 from tests.decode.one_pool import OnePoolPair, OpenRunners, host_runners, late_runners
@@ -273,7 +274,7 @@ def test_an_aborted_prompt_gives_up_its_slot_and_says_so(model: LoadedModel, mon
     assert transfer_id is not None and pair.decode.awaits(transfer_id)
     pair.prefill.handle(AbortJob(transfer_id))
     pair.prefill.handle(AbortJob(transfer_id))
-    assert said == [Abandoned(transfer_id, "its prompt was aborted")]
+    assert said == [Abandoned(transfer_id, Failure("its prompt was aborted"))]
     pair.pool.check(num_expected_leased=0)
 
 

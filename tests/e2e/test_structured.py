@@ -122,6 +122,86 @@ async def test_hostile_schemas_are_refused_and_disturb_no_stream(disaggregated: 
     assert {worker["pid"] for worker in disaggregated.workers()} == pids
 
 
+NAMES = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<file_sep>"]
+CONST = {"type": "object", "properties": {"<|im_start|>": {"enum": NAMES}}, "required": ["<|im_start|>"]}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {**CONST, "additionalProperties": False}}}
+SPELLED: list[tuple[dict[str, Any], str]] = [
+    ({"structured_outputs": {"choice": [f"a{name}b" for name in NAMES]}}, r"a<[a-z_|]+>b"),
+    ({"structured_outputs": {"regex": r"x<\|im_end\|>y"}}, r"x<\|im_end\|>y"),
+    ({"structured_outputs": {"grammar": 'start: "<|im_start|>" /[ab]<file_sep>/'}}, r"<\|im_start\|>[ab]<file_sep>"),
+    (
+        {"response_format": _format({**CONST, "additionalProperties": False})},
+        r'\{ ?"<\|im_start\|>": ?"<[a-z_|]+>" ?\}',
+    ),
+]
+
+
+@pytest.mark.parametrize(("fields", "pattern"), SPELLED)
+async def test_the_names_of_special_tokens_are_text_like_any_other(
+    disaggregated: Server, fields: dict[str, Any], pattern: str
+) -> None:
+    body = completion("Give JSON:", max_tokens=60, seed=3) | fields
+    async with session() as http:
+        answer = await complete(http, disaggregated.url, body)
+        streamed = await stream(http, disaggregated.url, body)
+        cut = await complete(http, disaggregated.url, {**body, "stop": ["|>", "_sep>"]})
+    assert re.fullmatch(pattern, answer["text"]) and answer["finish_reason"] == "stop", answer["text"]
+    assert streamed.text == answer["text"] and not set(answer["token_ids"]) & set(range(17)), "ordinary tokens spell it"
+    assert cut["finish_reason"] == "stop" and answer["text"].startswith(cut["text"]) and ">" not in cut["text"]
+
+
+async def test_a_call_s_arguments_may_hold_the_name_of_a_special_token(disaggregated: Server) -> None:
+    body = {
+        "model": "smollm2",
+        "messages": [{"role": "user", "content": "Call f."}],
+        "temperature": 0,
+        "max_tokens": 90,
+    }
+    asked = {**body, "tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False}
+    async with session() as http, http.post(f"{disaggregated.url}/v1/chat/completions", json=asked) as response:
+        found = await response.json()
+    assert response.status == 200, found
+    (call,) = found["choices"][0]["message"]["tool_calls"]
+    assert json.loads(call["function"]["arguments"])["<|im_start|>"] in NAMES
+
+
+AMBIGUOUS = 'start: /[a-z]{150}/ s\ns: s s | "a" | "b" | s "a" s | "a" s "b"'
+
+
+@pytest.mark.parametrize("mode", ["disaggregated", "colocated"])
+async def test_a_grammar_that_becomes_too_dear_ends_its_own_request_once(
+    mode: str, request: pytest.FixtureRequest
+) -> None:
+    server: Server = request.getfixturevalue(mode)
+    hostile = completion("x", max_tokens=1500, temperature=2.0, seed=3, ignore_eos=True, guided_grammar=AMBIGUOUS)
+    before, pids = server.metrics(), {worker["pid"] for worker in server.workers()}
+    async with session() as http:
+        expected = await complete(http, server.url, _person(1))
+        url = f"{server.url}/v1/completions"
+        asked = [http.post(url, json=body) for body in (hostile, {**hostile, "stream": True})]
+        whole, streamed = await asyncio.gather(*(_read(one) for one in asked))
+        beside = await complete(http, server.url, _person(1))
+    error = json.loads(whole[1])["error"]
+    assert (whole[0], error["type"], error["param"]) == (400, "invalid_request_error", "guided_grammar"), whole
+    events = [line for line in streamed[1].splitlines() if line.startswith("data: ")]
+    assert streamed[0] == 200 and "[DONE]" not in streamed[1]
+    assert json.loads(events[-1][6:])["error"] == error and len(events) > 20, "what obeyed was streamed"
+    assert beside["token_ids"] == expected["token_ids"]
+    grown = {
+        name: server.metrics()[name] - before[name] for name in before if "failed" in name or "grammar_fail" in name
+    }
+    assert {name: number for name, number in grown.items() if number} == {
+        "baton_grammar_failures_total": 2,
+        'baton_request_failed_total{reason="grammar"}': 2,
+    }
+    assert {worker["pid"] for worker in server.workers()} == pids
+
+
+async def _read(asking: Any) -> tuple[int, str]:
+    async with asking as response:
+        return response.status, await response.text()
+
+
 async def test_random_schemas_are_obeyed(disaggregated: Server) -> None:
     verdicts = await run(Plan(disaggregated.url, "smollm2", number=10, concurrency=5, max_tokens=250))
     assert not verdicts.faults, str(verdicts)

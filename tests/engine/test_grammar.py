@@ -9,10 +9,10 @@ import msgspec
 import numpy as np
 import pytest
 
-from engine.grammar import GrammarState, allowed_tokens, finish_reason
+from engine.grammar import GrammarState, allowed_tokens, ended, follow
 from engine.grammar_compiler import GrammarCompiler
 from engine.grammar_llguidance import LlguidanceBackend
-from protocol.errors import GrammarError
+from protocol.errors import GrammarError, GrammarUnavailable
 from protocol.request import FinishReason, Grammar, GrammarKind, SamplingParams
 from protocol.wire import Reserve, decode, encode
 from tests.engine.bytes_vocabulary import EOS_ID, OBJECT, WORDS, bytes_vocabulary, ids_of, state_of
@@ -59,7 +59,8 @@ def _reasons(text: str, grammar: Grammar, **fields: object) -> list[FinishReason
     sampling = SamplingParams(seed=0, eos_token_ids=(EOS_ID,), grammar=grammar, **fields)  # type: ignore[arg-type]
     state = state_of(grammar, **fields)  # type: ignore[arg-type]
     tokens = [EOS_ID if char == "$" else ids_of(char)[0] for char in text]
-    return [finish_reason(sampling, state, token_id, i + 1, 100 - i) for i, token_id in enumerate(tokens)]
+    reasons = (follow(sampling, state, token_id, i + 1, 100 - i) for i, token_id in enumerate(tokens))
+    return [ended(state, reason) for reason in reasons]
 
 
 def test_why_a_sequence_ends() -> None:
@@ -179,7 +180,7 @@ async def test_the_compiler_compiles_each_grammar_once_and_fails_alone(tmp_path:
 
 async def test_a_model_without_a_vocabulary_fails_requests_that_need_one(tmp_path: Path) -> None:
     compiler = GrammarCompiler("auto", tmp_path, 300)
-    with pytest.raises(GrammarError, match="no tokenizer.json"):
+    with pytest.raises(GrammarUnavailable, match="no tokenizer.json"):
         await compiler.state_of(_bound(WORDS), ())
 
 

@@ -9,6 +9,7 @@
     bits         one bit of every piece of KV flipped on its way
     overload     five times the load that the server can carry
     burst        the first traffic of a server, and of workers that were killed: more than it can take
+    grammars     hostile grammars beside plain and structured streams
     soak         short requests, random faults, and what the processes' memory does
 
 Each prints how to run it again, starts one server, prints what it sees, writes it with --json, and ends with exit code
@@ -32,7 +33,7 @@ from typing import Any
 import aiohttp
 
 from tests.e2e.server import Server, serving
-from tests.faults import bits, burst, campaign, disconnects, everything, overload, rolling, soak, trials
+from tests.faults import bits, burst, campaign, disconnects, everything, grammars, overload, rolling, soak, trials
 from tests.faults.ledger import Ledger, Request
 from tests.faults.load import Oracles, bound, draw_pool, percentile
 from tests.faults.mutated import mutations
@@ -41,7 +42,7 @@ from tests.faults.phases import PHASES, Cluster, PhaseKills
 Result = tuple[Any, str, bool]
 """What is written as JSON, what is printed, whether anything was wrong."""
 
-COMMANDS = ("trials", "rounds", "phases", "disconnects", "rolling", "bits", "overload", "burst", "soak")
+COMMANDS = ("trials", "rounds", "phases", "disconnects", "rolling", "bits", "overload", "burst", "grammars", "soak")
 # A pool of which every block has been written soon: its first touch is no leak.
 SMALL_POOL = {"disconnects": 600, "soak": 256}
 SESSION_BUDGET = aiohttp.ClientTimeout(total=240.0)
@@ -138,6 +139,12 @@ class Run:
         )
         return asdict(report), report.summary(), bool(report.faults)
 
+    async def grammars(self) -> Result:
+        """Hostile grammars."""
+        report = await grammars.run(self.cluster, self.ledger, self.server, self.args.seed, self.args.turns, tell)
+        report.weigh(grammars.ITL_TARGET, grammars.ANSWER_TARGET)
+        return asdict(report), report.summary(), bool(report.faults)
+
     async def soak(self) -> Result:
         """Short requests and random faults."""
         oracles = await self.oracles((8, 48))
@@ -168,6 +175,7 @@ def parser() -> argparse.ArgumentParser:
         "phases": (2, 3),
         "overload": (1, 1),
         "burst": (1, 1),
+        "grammars": (1, 1),
     }
     for name in COMMANDS:
         one = commands.add_parser(name)
@@ -202,6 +210,7 @@ def parser() -> argparse.ArgumentParser:
     rounds.add_argument("--width", type=int, default=5, help="streams at once (5)")
     rounds.add_argument("--kinds", nargs="+", choices=campaign.ROUND_KINDS, default=list(campaign.KILL_KINDS))
     choices["overload"].add_argument("--seconds", type=float, default=120.0, help="of overload (120)")
+    choices["grammars"].add_argument("--turns", type=int, default=10, help="in peace and beside them (10)")
     for name, number in (("disconnects", 1000), ("rolling", 200), ("bits", 1000), ("soak", 1000)):
         choices[name].add_argument("number", nargs="?", type=int, default=number, help=f"requests ({number})")
     choices["burst"].add_argument("number", nargs="?", type=int, default=4, help="bursts (4)")

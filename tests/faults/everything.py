@@ -58,6 +58,7 @@ def plan(num_trials: int) -> list[tuple[str, list[str]]]:
         ("bits", ["bits", str(share(1.0))]),
         ("overload", ["overload", "--seconds", f"{overload_s:g}"]),
         ("burst", ["burst", str(min(MOST_BURSTS, share(0.1)))]),
+        ("grammars", ["grammars", "--turns", str(share(0.02))]),
         ("soak", ["soak", str(share(10.0))]),
     ]
 

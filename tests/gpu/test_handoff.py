@@ -18,6 +18,7 @@ import torch
 
 from engine.kv_cache import DeviceSlot, KVCache, torch_kernels
 from kvtransfer.sending import SendSide
+from kvtransfer.tombstones import Ending
 from kvtransfer.transport import Buffer, Identity
 from kvtransfer.transports import open_transport
 from protocol.handoff import SendRange
@@ -145,7 +146,7 @@ class Prefill:
         self.cache = cache
         self.config = config_of(staging)
         self.transport = open_transport(self.config, SECRET)
-        self.ended: dict[int, str | None] = {}
+        self.ended: dict[int, Ending | None] = {}
         self.side = SendSide(cache, self.config, self.ended.__setitem__)
         self.child: asyncio.subprocess.Process
 

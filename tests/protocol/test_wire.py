@@ -54,6 +54,7 @@ MESSAGES = [
     wire.Declined(transfer_id=1, reason="full"),
     wire.Preempted(transfer_id=1),
     wire.TransferFailed(transfer_id=1, reason="gone"),
+    wire.GrammarFailed(transfer_id=1, reason="gone"),
     wire.Welcome(router_id="r", heartbeat_s=0.5, lease_ttl_s=3.0),
     wire.Dismissed(reason="no", is_final=True),
     wire.Pulse(),

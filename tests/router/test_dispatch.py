@@ -6,9 +6,9 @@ import dataclasses
 
 import pytest
 
-from protocol.errors import NotReady
+from protocol.errors import AnswerImpossible, NotReady
 from protocol.request import FinishReason
-from protocol.wire import Abort, Declined, Preempted, Prefill, Reserve, TransferFailed
+from protocol.wire import Abort, Declined, GrammarFailed, Preempted, Prefill, Reserve, TransferFailed
 from router.dispatch import Dispatch
 from router.instructions import Cancelled, Deliver, Fail, Finish, IdSource, Instruction, Placed, Send, Terminal
 from router.members import Registry
@@ -495,3 +495,34 @@ def test_a_lower_priority_number_is_placed_and_due_earlier() -> None:
     for running in (1, 4, 3, 5):
         order += [i.request_id for i in d.cancel(running, 1) if isinstance(i, Placed)]
     assert order == [4, 3, 5, 2]
+
+
+# --- grammars ---
+
+
+@pytest.mark.parametrize("who", ["p0", "d0"])
+@pytest.mark.parametrize("num_tokens", [0, 2])
+def test_a_failed_grammar_ends_its_request_and_is_not_placed_again(who: str, num_tokens: int) -> None:
+    d = dispatch(cluster())
+    transfer_id = prefill(d.submit(submission(1), 0.0)).transfer_id
+    if num_tokens:
+        out = d.first_token(key("p0"), first_token(transfer_id, row(1, 0, 0)), 0.1)
+        assert delivered(out + d.tokens(key("d0"), [row(1, 0, 1)], 0.2)) == [0, 1]
+    told = GrammarFailed(transfer_id=transfer_id, reason="grammar: too costly")
+    out = d.grammar_failed(key(who), told, 0.3)
+    (end,) = ends(out)
+    assert isinstance(end, Fail) and isinstance(end.error, AnswerImpossible) and "too costly" in str(end.error)
+    assert end.error.status == 400
+    holders = {"p0", "d0"} if not num_tokens else {"d0"}
+    assert sent(out) == [("Abort", worker) for worker in ("p0", "d0") if worker in holders - {who}]
+    assert d.num_running == d.num_waiting == 0
+    # The other worker, where the same grammar fails, comes too late.
+    assert d.grammar_failed(key("d0" if who == "p0" else "p0"), told, 0.4) == []
+
+
+def test_a_failed_grammar_of_an_older_placement_counts_for_nothing() -> None:
+    d = dispatch(cluster())
+    old = prefill(d.submit(submission(1), 0.0)).transfer_id
+    d.transfer_failed(key("d0"), TransferFailed(transfer_id=old, reason="x"), 0.1)
+    assert d.grammar_failed(key("d0"), GrammarFailed(transfer_id=old, reason="late"), 0.2) == []
+    assert d.num_running == 1

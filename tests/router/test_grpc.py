@@ -16,7 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from protocol.request import FinishReason, TokenLogprobs
-from protocol.wire import Abort, Prefill, Reserve
+from protocol.wire import Abort, GrammarFailed, Prefill, Reserve
 from router.api import ChatRequest, CompletionRequest
 from router.embeddings import EmbeddingsRequest
 from router.grpc_messages import body_of
@@ -425,3 +425,14 @@ async def test_draining_lets_a_stream_go_on_and_takes_no_other(on_grpc: GrpcStag
     await draining
     assert (await call.read()).usage.completion_tokens == 2
     assert await call.code() is grpc.StatusCode.OK
+
+
+async def test_a_failed_grammar_is_an_invalid_argument(on_grpc: GrpcStage) -> None:
+    prefill, decode = await on_grpc.stage.pair()
+    asked = asyncio.create_task(on_grpc.read(prompt="hi", max_tokens=5))
+    reserve = await decode.hear(Reserve)
+    await prefill.first(byte_id("a"))
+    decode.say(GrammarFailed(transfer_id=reserve.transfer_id, reason="grammar: too costly"))
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await asked
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT and "too costly" in str(caught.value.details())

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 
 from protocol.errors import RequestRejected
 from protocol.request import TokenLogprobs
-from protocol.wire import Reserve, TransferFailed
+from protocol.wire import GrammarFailed, Reserve, TransferFailed
 from router.api import parse
 from router.intake import Intake
 from router.response_request import ResponsesRequest
@@ -241,6 +241,19 @@ async def test_a_stream_that_fails_says_so(stage: Stage) -> None:
     EVENT.validate_python(event)
     assert event["type"] == "response.failed" and event["response"]["error"]["code"] == "server_error"
     assert event["response"]["output"][0]["status"] == "incomplete"
+
+
+async def test_a_failed_grammar_is_no_fault_of_the_server(stage: Stage) -> None:
+    prefill, decode = await stage.pair()
+    body = {"model": "m", "input": "hi", "stream": True}
+    asked = asyncio.create_task(stage.http.post(f"{stage.url}/v1/responses", json=body))
+    reserve = await decode.hear(Reserve)
+    await prefill.first(byte_id("a"))
+    decode.say(GrammarFailed(transfer_id=reserve.transfer_id, reason="grammar: too costly"))
+    text = await (await asked).text()
+    event = json.loads(text.strip().rsplit("data: ", 1)[1])
+    EVENT.validate_python(event)
+    assert event["type"] == "response.failed" and event["response"]["error"]["code"] == "invalid_prompt"
 
 
 async def _fail_after_one_token(prefill: ScriptedWorker, decode: ScriptedWorker) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import openai
 
 from protocol.request import TokenLogprobs
-from protocol.wire import Declined, Links, Prefill, Reserve
+from protocol.wire import Declined, GrammarFailed, Links, Prefill, Reserve
 from router.tokenizer import Tokenizer
 from tests.router.tiny import byte_id, byte_ids
 from tests.router.workers import (
@@ -247,6 +247,32 @@ async def test_failing_in_the_stream_is_an_error_event(tokenizer: Tokenizer) -> 
         assert found[0]["choices"][0]["delta"]["content"] == "a"
         assert found[-1]["error"]["code"] == 503 and set(found[-1]["error"]) == {"message", "type", "param", "code"}
         assert "[DONE]" not in found
+
+
+async def test_a_grammar_that_fails_is_told_as_the_clients_and_never_tried_again(stage: Stage) -> None:
+    prefill, decode = await stage.pair()
+    for is_stream in (False, True):
+        asked = asyncio.create_task(stage.post(CHAT, {**HI, "stream": is_stream}))
+        transfer_id = (await prefill.hear(Prefill)).transfer_id
+        prefill.say(GrammarFailed(transfer_id=transfer_id, reason="grammar: too costly"))
+        status, body, _ = await asked
+        assert (status, body["error"]["type"]) == (400, "invalid_request_error") and "too costly" in str(body)
+        await aborted(decode, transfer_id)
+        prefill.received.clear()
+        decode.received.clear()
+    begun = asyncio.create_task(stage.http.post(f"{stage.url}{CHAT}", json={**HI, "stream": True}))
+    reserve = await decode.hear(Reserve)
+    await prefill.first(byte_id("a"))
+    async with await begun as response:
+        decode.say(GrammarFailed(transfer_id=reserve.transfer_id, reason="grammar: too costly"))
+        found = await events(response)
+    assert response.status == 200 and found[-1]["error"]["code"] == 400 and "[DONE]" not in found
+    assert sum("error" in event for event in found) == 1 and found[0]["choices"][0]["delta"]["content"] == "a"
+    assert not prefill.heard(Prefill) and not decode.heard(Reserve), "it was placed again"
+    async with stage.http.get(f"{stage.url}/metrics") as response:
+        lines = (await response.text()).splitlines()
+    assert "baton_grammar_failures_total 3.0" in lines and 'baton_request_failed_total{reason="grammar"} 3.0' in lines
+    assert 'baton_request_failed_total{reason="placements"} 0.0' in lines
 
 
 async def test_a_newcomer_who_would_wait_too_long_is_shed(tokenizer: Tokenizer) -> None:
