@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
@@ -10,6 +14,8 @@ import pytest
 
 from tests.e2e.client import session
 from tests.e2e.server import Server, wait_until
+from tests.e2e.sockets import listening
+from tests.e2e.test_sockets import table
 from tests.faults import network
 from tests.faults.ledger import Ledger, Record, Request
 from tests.faults.mutated import until_idle
@@ -20,6 +26,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.model, pytest.mark.ucx, pytest.mark.s
 STREAM = Request("The longest road in the country", 400, 0.8, 7)
 LONG = Request(" ".join(f"item {i}" for i in range(500)), 8, 0.0, 0)
 NUM_PREFILL = NUM_DECODE = 2
+BETWEEN_HOSTS, LOOPBACK = "`prefill`, `decode` on two hosts", "127.0.0.1"
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +99,42 @@ def test_streams_across_hosts_are_those_of_one_host(hosts: Cluster, expected: di
     assert "tcp" in hosts.log("decode-0") + hosts.log("prefill-0") or hosts.server.total(
         "baton_kv_transfer_bytes_total"
     )
+
+
+def test_between_hosts_each_worker_listens_on_what_security_md_says(hosts: Cluster) -> None:
+    whole(hosts)
+    found = Counter((one.process, one.where) for one in listening(os.getpid()).elements() if one.where != LOOPBACK)
+    addresses = {worker_id: host.address for worker_id, host in hosts.hosts.items()}
+    links = {"prefill": NUM_DECODE, "decode": NUM_PREFILL}
+    want = Counter({("router", f"{network.NETWORK}.1"): 1})
+    for worker_id, address in addresses.items():
+        role = worker_id.partition("-")[0]
+        want[role, address] = links[role] + sum(
+            number for process, kind, where, number, of_what in table(BETWEEN_HOSTS)
+            if process == role and where != LOOPBACK and of_what == "a process"
+        )  # fmt: skip
+    assert found == want
+
+
+@pytest.mark.parametrize("words", [b"", b"A", os.urandom(45), b"A" * 10_000], ids=len)
+def test_a_stranger_finds_no_way_to_ucx(hosts: Cluster, expected: dict[Request, list[int]], words: bytes) -> None:
+    """From the router's host, which is no peer; and from the peer's, once they are linked."""
+    whole(hosts)
+    ports = {
+        (one.where, one.port) for one in listening(os.getpid()) if one.process == "decode" and one.where != LOOPBACK
+    }
+    assert len(ports) == NUM_DECODE * NUM_PREFILL
+    inside = ("ip", "netns", "exec", hosts.hosts["prefill-0"].namespace)
+    code = (
+        "import socket, sys; s = socket.socket(); s.settimeout(0.5); s.connect((sys.argv[1], int(sys.argv[2]))); "
+        "s.sendall(bytes.fromhex(sys.argv[3])); print('connected')"
+    )
+    for address, port in ports:
+        for where in ((), inside):
+            command = [*where, sys.executable, "-c", code, address, str(port), words.hex()]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert "timed out" in done.stderr and "connected" not in done.stdout
+    assert stream(hosts, LONG, nothing).faults(expected[LONG]) == []
 
 
 def test_a_cable_that_is_cut_for_less_than_the_lease_moves_nothing(
