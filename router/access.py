@@ -82,6 +82,10 @@ class Access:
             raise Unauthorized("the API key is not known here")
         return tenant
 
+    def party_of(self, tenant: str, address: str) -> str:
+        """Return whose requests count together: a tenant's, or where there are no keys, those of one address."""
+        return f"address {address}" if self.is_open else f"tenant {tenant}"
+
     def salt(self, tenant: str, cache_salt: str) -> str:
         """Return what salts the prefix hashes of a request: nobody reaches another tenant's blocks by any salt."""
         if self.is_open:

@@ -19,6 +19,7 @@ from aiohttp.web_request import BaseRequest
 
 from router.access import OPEN_PATHS, Access
 from router.responses import encode_json, error_body
+from router.text_threads import PARTY
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,8 @@ def keys_needed(access: Access) -> Any:
     @web.middleware
     async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
         if request.path not in OPEN_PATHS:
-            request[TENANT] = access.tenant_of(request.headers.get("Authorization"))
+            tenant = request[TENANT] = access.tenant_of(request.headers.get("Authorization"))
+            PARTY.set(access.party_of(tenant, request.remote or ""))
         return await handler(request)
 
     return check

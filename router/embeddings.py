@@ -29,6 +29,7 @@ from router.api import Short, parse
 from router.core import Core
 from router.reading import ReadQuery
 from router.responses import encode_json
+from router.text_threads import TextBudget
 from router.tokenizer import Tokenizer
 
 MAX_INPUTS: Final = 2048
@@ -84,6 +85,7 @@ class EmbeddingInputs:
         normalize = self._card.normalize if request.normalize is None else request.normalize
         readout = ReadEmbedding(pooling=self._card.pooling, normalize=normalize)
         parts = _split(request.input)
+        TextBudget().spend(sum(len(part) for part in parts if isinstance(part, str)), "input")
         return [
             ReadQuery(tuple(self._tokens(part, request, f"input[{i}]" if len(parts) > 1 else "input")), readout)
             for i, part in enumerate(parts)

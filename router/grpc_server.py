@@ -55,6 +55,7 @@ from router.rpc import baton_v1_pb2 as pb
 from router.rpc import baton_v1_pb2_grpc as rpc
 from router.switchboard import OVERLOAD_RETRY_S, Session
 from router.text import Piece
+from router.text_threads import PARTY
 
 log = logging.getLogger(__name__)
 
@@ -253,7 +254,10 @@ class BatonService(rpc.BatonServicer):  # type: ignore[misc, unused-ignore]
     def _tenant(self, context: Any) -> str:
         """Return whose call it is. Raises Unauthorized."""
         metadata = dict(context.invocation_metadata() or ())
-        return self._access.tenant_of(metadata.get("authorization"))
+        tenant = self._access.tenant_of(metadata.get("authorization"))
+        # Of `ipv4:127.0.0.1:1234` the port tells connections apart, not clients.
+        PARTY.set(self._access.party_of(tenant, context.peer().rpartition(":")[0]))
+        return tenant
 
     def _job(self, request: pb.GenerateRequest, tenant: str, told: dict[str, Any], max_model_len: int) -> Job:
         body, kind = body_of(request, self._model)

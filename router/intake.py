@@ -32,6 +32,7 @@ from router.conversation import calls_of, check_results, render, told
 from router.response_request import RENAMED, ResponsesRequest, renamed
 from router.structured import Structured, structured_output
 from router.text import TextOptions
+from router.text_threads import TextBudget
 from router.tokenizer import Tokenizer
 from router.tools import ToolUse, tool_use
 
@@ -127,14 +128,7 @@ class Intake:
             prompts = self._completion_prompts(request, max_model_len)
         if len(prompts) * (request.n or 1) > MAX_CHOICES:
             raise InvalidRequest(f"n: prompts times n may be at most {MAX_CHOICES}", "n")
-        base_seed = secrets.randbits(63) if request.seed is None else request.seed & MAX_SEED
-        choices: list[Choice] = []
-        for number, prompt in enumerate(prompts):
-            for i in range(request.n or 1):
-                # Unseeded prompts draw independently; a seed gives every prompt the same numbers, as if asked alone.
-                seed = (base_seed + i + (number << 32 if request.seed is None else 0)) & MAX_SEED
-                sampling = self._sampling(request, prompt, seed, max_model_len)
-                choices.append(Choice(len(choices), prompt, sampling))
+        choices = self._choices(request, prompts, max_model_len)
         structured = structured_output(request)
         if tools is not None and (grammar := tools.grammar()) is not None:
             if structured is not None:
@@ -198,7 +192,11 @@ class Intake:
     # --- prompts ---
 
     def _chat_prompt(self, request: ChatRequest, max_model_len: int, tools: ToolUse | None) -> PromptTokens:
-        text = render(self._tokenizer, request, plain_messages(request.messages), tools)
+        messages = plain_messages(request.messages)
+        if request.truncate_prompt_tokens is None:
+            # Before a template walks through it.
+            self._refuse_long(sum(len(message["content"]) for message in messages), max_model_len, "messages")
+        text = render(self._tokenizer, request, messages, tools)
         if request.truncate_prompt_tokens is not None:
             text = self._tail(text, max_model_len)
         ids = self._encode(text, bool(request.add_special_tokens), max_model_len, "messages")
@@ -209,10 +207,11 @@ class Intake:
         parts = split_prompts(request.prompt)
         if len(parts) > MAX_PROMPTS:
             raise InvalidRequest(f"prompt: at most {MAX_PROMPTS} prompts in one request", "prompt")
+        if request.truncate_prompt_tokens is not None:
+            parts = [self._tail(part, max_model_len) if isinstance(part, str) else part for part in parts]
+        TextBudget().spend(sum(len(part) for part in parts if isinstance(part, str)), "prompt")
         prompts = []
         for part in parts:
-            if isinstance(part, str) and request.truncate_prompt_tokens is not None:
-                part = self._tail(part, max_model_len)
             if isinstance(part, str):
                 ids = self._encode(part, request.add_special_tokens is not False, max_model_len, "prompt")
             else:
@@ -227,10 +226,13 @@ class Intake:
         return prompts
 
     def _encode(self, text: str, add_special: bool, max_model_len: int, param: str) -> list[int]:
-        # No token is longer than the longest: what cannot fit is refused before it is tokenised.
-        if len(text) > max_model_len * self._tokenizer.max_token_chars:
-            raise ContextTooLong(f"{param}: {len(text)} characters exceed the context of {max_model_len} tokens", param)
+        self._refuse_long(len(text), max_model_len, param)
         return self._tokenizer.encode(text, add_special)
+
+    def _refuse_long(self, num_chars: int, max_model_len: int, param: str) -> None:
+        # No token is longer than the longest: what cannot fit is refused before it is tokenised.
+        if num_chars > max_model_len * self._tokenizer.max_token_chars:
+            raise ContextTooLong(f"{param}: {num_chars} characters exceed the context of {max_model_len} tokens", param)
 
     def _tail(self, text: str, max_model_len: int) -> str:
         """Return the end of a text that is going to be truncated: as much as the context can hold, at the most."""
@@ -266,16 +268,30 @@ class Intake:
 
     # --- sampling ---
 
-    def _sampling(
-        self, request: GenerationFields, prompt: PromptTokens, seed: int, max_model_len: int
-    ) -> SamplingParams:
+    def _choices(self, request: GenerationFields, prompts: Sequence[PromptTokens], max_model_len: int) -> list[Choice]:
+        base_seed = secrets.randbits(63) if request.seed is None else request.seed & MAX_SEED
+        # What names tokens may be long: it is looked at once, whatever the number of prompts.
+        stop_token_ids = self._known(request.stop_token_ids or (), "stop_token_ids")
+        logit_bias = self._logit_bias(request.logit_bias or {})
+        choices: list[Choice] = []
+        for number, prompt in enumerate(prompts):
+            sampling = msgspec.structs.replace(
+                self._sampling(request, prompt, max_model_len), stop_token_ids=stop_token_ids, logit_bias=logit_bias
+            )
+            for i in range(request.n or 1):
+                # Unseeded prompts draw independently; a seed gives every prompt the same numbers, as if asked alone.
+                seed = (base_seed + i + (number << 32 if request.seed is None else 0)) & MAX_SEED
+                choices.append(Choice(len(choices), prompt, msgspec.structs.replace(sampling, seed=seed)))
+        return choices
+
+    def _sampling(self, request: GenerationFields, prompt: PromptTokens, max_model_len: int) -> SamplingParams:
         max_tokens = self._max_tokens(request, len(prompt.token_ids), max_model_len)
         min_tokens = request.min_tokens or 0
         if min_tokens > max_tokens:
             raise InvalidRequest(f"min_tokens ({min_tokens}) must not exceed max_tokens ({max_tokens})", "min_tokens")
         temperature = _or(request.temperature, 1.0)
         return SamplingParams(
-            seed=seed,
+            seed=0,
             temperature=temperature if temperature >= _MIN_TEMPERATURE else 0.0,
             top_k=max(0, _or(request.top_k, 0)),
             top_p=_or(request.top_p, 1.0),
@@ -283,11 +299,9 @@ class Intake:
             repetition_penalty=_or(request.repetition_penalty, 1.0),
             presence_penalty=_or(request.presence_penalty, 0.0),
             frequency_penalty=_or(request.frequency_penalty, 0.0),
-            logit_bias=self._logit_bias(request.logit_bias or {}),
             max_tokens=max(1, max_tokens),
             min_tokens=min_tokens,
             ignore_eos=bool(request.ignore_eos),
-            stop_token_ids=self._known(request.stop_token_ids or (), "stop_token_ids"),
             eos_token_ids=self._tokenizer.eos_token_ids,
             num_logprobs=_num_logprobs(request),
         )
