@@ -10,7 +10,7 @@ closes it, however its client ended. What is only read off prompts goes the same
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Final, TypeVar
 
 from protocol.errors import GrammarError, InvalidRequest, NotReady
@@ -20,6 +20,7 @@ from router.grammar_checks import GrammarChecks
 from router.intake import Intake, Job
 from router.open_requests import OpenRequests
 from router.reading import ReadQuery, ReadSession
+from router.slices import Slices
 from router.switchboard import Session, Switchboard
 from router.text_threads import TextThreads
 from router.tokenizer import Tokenizer
@@ -44,9 +45,10 @@ class Core:
         self.tokenizer = tokenizer
         self.switchboard = switchboard
         self.max_num_requests = config.max_num_requests
-        self.intake = Intake(tokenizer, config.served_model_names)
+        self.intake = Intake(tokenizer, config.served_model_names, config.max_answer_values)
         self.open_requests = OpenRequests()
         self.grammars = GrammarChecks(config.model_path)
+        self.slices = Slices()
         self._num_admitting = 0
         self._threads = TextThreads(config.max_num_requests)
 
@@ -107,6 +109,10 @@ class Core:
     def open(self, job: Job, arrived_s: float) -> Session:
         """Submit a job; the caller closes the session. Raises as `Switchboard.open` does."""
         return self.switchboard.open(job, arrived_s)
+
+    def answering(self, num_places: int = 1) -> AbstractContextManager[None]:
+        """Hold places for an answer from its last token on: until its client has read it, it counts for newcomers."""
+        return self.switchboard.answering(num_places)
 
     async def admit_readouts(self, num_bytes: int, make: Callable[[int], Result], embeds: bool = False) -> Result:
         """As `admit`, for what `make` returns, of requests that are only read; `embeds`: only for vectors."""

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
@@ -27,6 +28,7 @@ TENANT: Final = web.RequestKey("tenant", str)
 MAX_LINE_BYTES: Final = 8190
 MAX_HEADERS: Final = 128
 PREFLIGHT_AGE_S: Final = 600
+UNREAD_ERROR_S: Final = 10.0
 _EXPOSED: Final = "X-Request-ID, Retry-After"
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -127,6 +129,10 @@ class _Connection(web.RequestHandler):
         body = encode_json(error_body(what or "this is not HTTP that can be read", "invalid_request_error", status))
         response = web.Response(status=status, body=body, headers={"Content-Type": "application/json"})
         response.force_close()
+        transport = self.transport
+        if transport is not None:
+            # It is closed when this is sent, and nobody else sees to it that it is read.
+            asyncio.get_running_loop().call_later(UNREAD_ERROR_S, transport.abort)
         return response
 
 

@@ -17,8 +17,8 @@ from typing import Any
 import msgspec
 
 from protocol.errors import ContextTooLong, InvalidRequest, RequestRejected, UnknownModel
-from protocol.readout import MAX_PROMPT_VALUES
 from protocol.request import MAX_SEED, Grammar, SamplingParams
+from router.answer_bounds import MAX_ANSWER_VALUES, AnswerBound, num_logprobs, num_prompt_top
 from router.api import (
     MAX_CHOICES,
     MAX_PROMPTS,
@@ -103,8 +103,11 @@ class Job:
 class Intake:
     """Makes jobs of requests for one model."""
 
-    def __init__(self, tokenizer: Tokenizer, served_model_names: Sequence[str]) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, served_model_names: Sequence[str], max_answer_values: int = MAX_ANSWER_VALUES
+    ) -> None:
         self._tokenizer = tokenizer
+        self._bound = AnswerBound(max_answer_values)
         self._names = tuple(served_model_names)
 
     def job(self, request: ChatRequest | CompletionRequest | ResponsesRequest, max_model_len: int) -> Job:
@@ -150,7 +153,7 @@ class Intake:
             priority=request.priority or 0,
             tools=tools,
             grammar_field="" if structured is None else structured.field,
-            num_prompt_top=_num_prompt_top(request, prompts),
+            num_prompt_top=num_prompt_top(request, [len(prompt.token_ids) for prompt in prompts]),
             num_shown_top=request.prompt_logprobs,
             is_prompt_only=request.max_tokens == 0 and isinstance(request, CompletionRequest),
         )
@@ -274,9 +277,13 @@ class Intake:
         stop_token_ids = self._known(request.stop_token_ids or (), "stop_token_ids")
         logit_bias = self._logit_bias(request.logit_bias or {})
         choices: list[Choice] = []
+        num_choices = len(prompts) * (request.n or 1)
+        self._bound.check_prompts(request, [len(p.token_ids) for p in prompts])
         for number, prompt in enumerate(prompts):
             sampling = msgspec.structs.replace(
-                self._sampling(request, prompt, max_model_len), stop_token_ids=stop_token_ids, logit_bias=logit_bias
+                self._sampling(request, prompt, num_choices, max_model_len),
+                stop_token_ids=stop_token_ids,
+                logit_bias=logit_bias,
             )
             for i in range(request.n or 1):
                 # Unseeded prompts draw independently; a seed gives every prompt the same numbers, as if asked alone.
@@ -284,8 +291,13 @@ class Intake:
                 choices.append(Choice(len(choices), prompt, msgspec.structs.replace(sampling, seed=seed)))
         return choices
 
-    def _sampling(self, request: GenerationFields, prompt: PromptTokens, max_model_len: int) -> SamplingParams:
+    def _sampling(
+        self, request: GenerationFields, prompt: PromptTokens, num_choices: int, max_model_len: int
+    ) -> SamplingParams:
         max_tokens = self._max_tokens(request, len(prompt.token_ids), max_model_len)
+        if (most := self._bound.most_tokens(request, num_choices)) is not None:
+            # Where nothing was asked for, an answer ends where it is full.
+            max_tokens = min(max_tokens, most)
         min_tokens = request.min_tokens or 0
         if min_tokens > max_tokens:
             raise InvalidRequest(f"min_tokens ({min_tokens}) must not exceed max_tokens ({max_tokens})", "min_tokens")
@@ -303,7 +315,7 @@ class Intake:
             min_tokens=min_tokens,
             ignore_eos=bool(request.ignore_eos),
             eos_token_ids=self._tokenizer.eos_token_ids,
-            num_logprobs=_num_logprobs(request),
+            num_logprobs=num_logprobs(request),
         )
 
     def _max_tokens(self, request: GenerationFields, num_prompt_tokens: int, max_model_len: int) -> int:
@@ -403,35 +415,6 @@ def _content(message: ChatMessage, i: int) -> str:
         if part.type != "text" or part.text is None:
             raise InvalidRequest(f"messages[{i}].content: only parts of type text are supported", "messages")
     return "\n".join(part.text or "" for part in message.content)
-
-
-def _num_logprobs(request: GenerationFields) -> int | None:
-    if isinstance(request, CompletionRequest):
-        return request.logprobs
-    assert isinstance(request, ChatRequest)
-    if not request.logprobs:
-        if request.top_logprobs:
-            raise InvalidRequest("top_logprobs needs logprobs to be true", "top_logprobs")
-        return None
-    return request.top_logprobs or 0
-
-
-def _num_prompt_top(request: GenerationFields, prompts: Sequence[PromptTokens]) -> int | None:
-    """Return how many of the likeliest tokens are to be read beside each prompt token, or None to read none."""
-    if request.prompt_logprobs is not None and request.stream:
-        raise InvalidRequest("prompt_logprobs: not available in a stream", "prompt_logprobs")
-    wanted = [] if request.prompt_logprobs is None else [(request.prompt_logprobs, "prompt_logprobs")]
-    if isinstance(request, CompletionRequest) and request.echo and request.logprobs is not None:
-        wanted.append((request.logprobs, "logprobs"))
-    for num_top, param in wanted:
-        for prompt in prompts:
-            if len(prompt.token_ids) * (1 + num_top) > MAX_PROMPT_VALUES:
-                raise InvalidRequest(
-                    f"{param}: {len(prompt.token_ids)} prompt tokens with {1 + num_top} log probabilities each are "
-                    f"more than {MAX_PROMPT_VALUES}",
-                    param,
-                )
-    return max((num_top for num_top, _ in wanted), default=None)
 
 
 def _or(value: Any, default: Any) -> Any:
