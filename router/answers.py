@@ -66,12 +66,12 @@ class AnswerWriter:
         """
         response = web.StreamResponse(status=status, headers=headers)
         response.content_length = num_left = sum(map(len, parts))
-        writer = await response.prepare(request)
-        assert writer is not None, "nothing was sent yet"
-        writer.send_headers()
         outlet = Outlet(request, response, self._unread)
-        outlet.open(writer)
         try:
+            writer = await response.prepare(request)
+            assert writer is not None, "nothing was sent yet"
+            writer.send_headers()
+            outlet.open(writer)
             for part in parts:
                 view = memoryview(part)
                 for at in range(0, len(view), SENT_BYTES):
@@ -87,13 +87,13 @@ class AnswerWriter:
 
     async def _send_small(self, request: web.Request, response: web.Response) -> web.Response:
         outlet = Outlet(request, response, self._unread)
-        writer = await response.prepare(request)
-        if writer is None:
-            return response
-        outlet.open(writer)
-        # Below every mark, above which it would wait for a reader by itself.
-        await response.write_eof()
         try:
+            writer = await response.prepare(request)
+            if writer is None:
+                return response
+            outlet.open(writer)
+            # Below every mark, above which it would wait for a reader by itself.
+            await response.write_eof()
             await outlet.finish()
         except (ConnectionError, TimeoutError) as error:
             _cut(request, outlet, error)

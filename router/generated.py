@@ -62,8 +62,8 @@ class GeneratedAnswers:
             pieces = [Piece(finish_reason=FinishReason.LENGTH) for _ in job.choices]
             return await self._writer.send(request, await shaped(self._core, shape.parts(pieces)))
         stream = EventStream(request, shape, Nothing(), self._unread, self._core.slices)
-        await stream.begin()
         try:
+            await stream.begin()
             for choice in job.choices:
                 await stream.write([(choice.index, Piece(finish_reason=FinishReason.LENGTH))])
             await stream.finish(shape.closing())
@@ -74,8 +74,8 @@ class GeneratedAnswers:
     async def _stream(self, request: web.Request, session: Session, shape: Shape) -> web.StreamResponse:
         events = await session.events()
         stream = EventStream(request, shape, session, self._unread, self._core.slices)
-        await stream.begin()
         try:
+            await stream.begin()
             await self._follow(session, stream, shape, events)
         except (ConnectionError, TimeoutError) as error:
             _cut(stream, shape, error)
@@ -85,7 +85,12 @@ class GeneratedAnswers:
         self, session: Session, stream: EventStream, shape: Shape, events: list[tuple[int, Piece]]
     ) -> None:
         """Write events until the last one has been read; generation waits for a client that does not read."""
-        sink = None if is_wide(session.job) else stream.offer
+
+        def counted(index: int, piece: Piece) -> bool:
+            shape.num_cached_tokens = session.num_cached_tokens
+            return stream.offer(index, piece)
+
+        sink = None if is_wide(session.job) else counted if session.job.has_running_usage else stream.offer
         try:
             while events:
                 shape.num_cached_tokens = session.num_cached_tokens

@@ -45,6 +45,9 @@ class Unread:
         self._max_bytes = max_bytes
         self._waiting: dict[Outlet, int] = {}
 
+    def __len__(self) -> int:
+        return len(self._waiting)
+
     def hold(self, outlet: Outlet, num_bytes: int) -> None:
         """Note what an outlet waits with now."""
         self.num_bytes += num_bytes - self._waiting.get(outlet, 0)

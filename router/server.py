@@ -78,10 +78,10 @@ class HttpServer:
         self._started_s = int(time.time())
         self._access = Access(config.api_keys, config.api_key_files, time.monotonic)
         self._origins = Origins(config.allowed_origins)
-        unread = Unread(config.max_unread_bytes, config.client_stall_s)
-        self._writer = AnswerWriter(unread)
-        self._answers = GeneratedAnswers(core, self._writer, unread)
-        self._kept = KeptStreams(config.max_num_requests, unread, core.slices)
+        self._unread = Unread(config.max_unread_bytes, config.client_stall_s)
+        self._writer = AnswerWriter(self._unread)
+        self._answers = GeneratedAnswers(core, self._writer, self._unread)
+        self._kept = KeptStreams(config.max_num_requests, self._unread, core.slices)
 
     def app(self) -> web.Application:
         """Return the aiohttp application for clients."""

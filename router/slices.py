@@ -47,10 +47,11 @@ class Slices:
                     if time.perf_counter() > end_s:
                         is_over = False
                         break
+                if not is_over:
+                    # Within the turn: nobody else's slice comes before the loop has run.
+                    await asyncio.sleep(0)
             if found:
                 yield found
-            if not is_over:
-                await asyncio.sleep(0)
 
     async def run(self, steps: Iterable[Part]) -> list[Part]:
         """Return everything that the steps yield; as `each`."""

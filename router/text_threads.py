@@ -4,7 +4,7 @@
              └─ cancelled: it leaves the lane                                 └─ cancelled: the thread works on
 
 1. A party is a tenant, or a client's address where there are no keys; `PARTY` says whose request a task serves.
-2. Parties take turns. Each holds at most PARTY_THREADS, and of these one with a text of more than HEAVY_BYTES: whatever
+2. Parties take turns. Each holds at most PARTY_THREADS, and PARTY_HEAVY with texts of more than HEAVY_BYTES: whatever
    others send, one thread is left for a newcomer, and whatever a party sends, its short texts pass its long ones.
 3. What waits is bounded, in number and in bytes. A thread cannot be stopped, so that all work done in one is linear in
    what a client sent, and `TextBudget` bounds what it may send.
@@ -22,8 +22,9 @@ from typing import Any, Final, TypeVar
 
 from protocol.errors import InvalidRequest, Overloaded
 
-NUM_THREADS: Final = 3
+NUM_THREADS: Final = 4
 PARTY_THREADS: Final = NUM_THREADS - 1
+PARTY_HEAVY: Final = PARTY_THREADS - 1
 HEAVY_BYTES: Final = 256 << 10
 MAX_PARTY_BYTES: Final = 64 << 20
 # Of all texts of one request: one to six seconds of a thread, whatever the texts say.
@@ -61,7 +62,7 @@ class _Party:
         """Return what may run now; None if nothing may."""
         if self.num_running >= PARTY_THREADS:
             return None
-        return next((work for work in self.waiting if not (work.is_heavy and self.num_heavy)), None)
+        return next((work for work in self.waiting if not work.is_heavy or self.num_heavy < PARTY_HEAVY), None)
 
 
 class TextThreads:

@@ -16,6 +16,7 @@ from router.text_threads import (
     MAX_REQUEST_CHARS,
     NUM_THREADS,
     PARTY,
+    PARTY_HEAVY,
     PARTY_THREADS,
     TextBudget,
     TextThreads,
@@ -81,11 +82,11 @@ async def test_whatever_one_party_sends_a_thread_is_left_for_another(desk: Desk)
     await desk.end("c0")
     assert len(desk.begun) == NUM_THREADS + 1, "the free thread is not for who holds its share"
     await desk.end("a0")
-    assert desk.begun[-1] == "a2"
+    assert desk.begun[-1] == f"a{PARTY_THREADS}"
 
 
 async def test_parties_take_turns(desk: Desk) -> None:
-    for name in ("a0", "a1", "b0"):
+    for name in ("a0", "a1", "a9", "b0"):
         await desk.ask(name[0], name)
     for name in ("a2", "a3", "b1", "c0"):
         await desk.ask(name[0], name)
@@ -97,25 +98,26 @@ async def test_parties_take_turns(desk: Desk) -> None:
 async def test_a_partys_short_texts_pass_its_long_ones(desk: Desk) -> None:
     for number in range(3):
         await desk.ask("a", f"long{number}", HEAVY_BYTES + 1)
-    assert desk.begun == ["long0"]
+    longs = [f"long{number}" for number in range(PARTY_HEAVY)]
+    assert desk.begun == longs
     await desk.ask("a", "short", HEAVY_BYTES)
-    assert desk.begun == ["long0", "short"]
+    assert desk.begun == [*longs, "short"]
     await desk.end("short")
-    assert desk.begun == ["long0", "short"], "one long text at a time"
+    assert desk.begun == [*longs, "short"], "so many long texts at a time"
     await desk.end("long0")
-    assert desk.begun[-1] == "long1"
+    assert desk.begun[-1] == f"long{PARTY_HEAVY}"
 
 
 async def test_who_leaves_gives_up_its_place_in_the_lane_but_not_its_thread(desk: Desk) -> None:
-    for name in ("a0", "a1", "a2", "a3"):
+    for name in ("a0", "a1", "a2", "a3", "a4"):
         await desk.ask("a", name)
-    desk.tasks["a2"].cancel()
+    desk.tasks["a3"].cancel()
     desk.tasks["a0"].cancel()
     await desk.settle()
-    assert desk.begun == ["a0", "a1"], "a thread works on for who has left"
+    assert desk.begun == ["a0", "a1", "a2"], "a thread works on for who has left"
     desk.may_end["a0"].set()
     await desk.settle()
-    assert desk.begun == ["a0", "a1", "a3"]
+    assert desk.begun == ["a0", "a1", "a2", "a4"]
 
 
 async def test_what_waits_is_bounded_in_number_and_for_each_party_in_bytes() -> None:
