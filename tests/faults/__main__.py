@@ -5,6 +5,7 @@
     rounds       many faults in little time under a closed loop: kills and stops of workers
     phases       prefill workers killed in compute, mid-transfer, after COMMIT
     disconnects  clients that leave in every phase
+    unread       clients that do not read what they asked for
     rolling      every worker ended by SIGTERM in turn, again and again
     bits         one bit of every piece of KV flipped on its way
     overload     five times the load that the server can carry
@@ -31,7 +32,7 @@ from typing import Any
 import aiohttp
 
 from tests.e2e.server import Server, serving
-from tests.faults import bits, campaign, disconnects, everything, overload, rolling, soak, trials
+from tests.faults import bits, campaign, disconnects, everything, overload, rolling, soak, trials, unread
 from tests.faults.ledger import Ledger, Request
 from tests.faults.load import Oracles, bound, draw_pool, percentile
 from tests.faults.mutated import mutations
@@ -40,7 +41,7 @@ from tests.faults.phases import PHASES, Cluster, PhaseKills
 Result = tuple[Any, str, bool]
 """What is written as JSON, what is printed, whether anything was wrong."""
 
-COMMANDS = ("trials", "rounds", "phases", "disconnects", "rolling", "bits", "overload", "soak")
+COMMANDS = ("trials", "rounds", "phases", "disconnects", "unread", "rolling", "bits", "overload", "soak")
 # A pool of which every block has been written soon: its first touch is no leak.
 SMALL_POOL = {"disconnects": 600, "soak": 256}
 SESSION_BUDGET = aiohttp.ClientTimeout(total=240.0)
@@ -111,6 +112,11 @@ class Run:
     async def disconnects(self) -> Result:
         """Clients that leave."""
         report = await disconnects.run(self.cluster, self.ledger, self.args.seed, self.args.number, tell)
+        return asdict(report), report.summary(), bool(report.faults)
+
+    async def unread(self) -> Result:
+        """Clients that do not read."""
+        report = await unread.run(self.cluster, self.ledger, self.args.seed, self.args.number, tell)
         return asdict(report), report.summary(), bool(report.faults)
 
     async def rolling(self) -> Result:
@@ -192,7 +198,7 @@ def parser() -> argparse.ArgumentParser:
     rounds.add_argument("--width", type=int, default=5, help="streams at once (5)")
     rounds.add_argument("--kinds", nargs="+", choices=campaign.ROUND_KINDS, default=list(campaign.KILL_KINDS))
     choices["overload"].add_argument("--seconds", type=float, default=120.0, help="of overload (120)")
-    for name, number in (("disconnects", 1000), ("rolling", 200), ("bits", 1000), ("soak", 1000)):
+    for name, number in (("disconnects", 1000), ("unread", 400), ("rolling", 200), ("bits", 1000), ("soak", 1000)):
         choices[name].add_argument("number", nargs="?", type=int, default=number, help=f"requests ({number})")
     everything.add_arguments(commands.add_parser("all", help="every campaign, scaled by --trials"))
     return top
@@ -225,6 +231,8 @@ def perform(words: Sequence[str]) -> tuple[str, bool]:
     more = [f"--{option}" for option in args.serve]
     if args.command == "overload" and not any(option.startswith("max-wait-s") for option in args.serve):
         more.append(f"--max-wait-s={overload.MAX_WAIT_S}")
+    if args.command == "unread":
+        more.append(f"--client-stall-s={unread.STALL_S}")
     if args.command in SMALL_POOL and not any(option.startswith("num-kv-blocks") for option in args.serve):
         more.append(f"--num-kv-blocks={SMALL_POOL[args.command]}")
     options = ("--decode", str(args.decode), "--prefill", str(args.prefill), *more)
