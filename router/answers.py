@@ -21,6 +21,8 @@ from router.outlet import GO_ON_BYTES, Outlet, Unread
 log = logging.getLogger(__name__)
 
 SENT_BYTES: Final = 128 << 10
+# Below the mark of a transport, above which whoever writes waits for a reader.
+SMALL_BYTES: Final = 32 << 10
 _JSON: Final = {"Content-Type": "application/json"}
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -42,7 +44,7 @@ class AnswerWriter:
             if not isinstance(response, web.Response) or response.prepared:
                 return response
             body = response.body
-            if not isinstance(body, bytes) or len(body) <= SENT_BYTES:
+            if not isinstance(body, bytes) or len(body) <= SMALL_BYTES:
                 return await self._send_small(request, response)
             headers = {name: value for name, value in response.headers.items() if name != "Content-Length"}
             return await self.send(request, [body], response.status, headers)
@@ -92,7 +94,6 @@ class AnswerWriter:
             if writer is None:
                 return response
             outlet.open(writer)
-            # Below every mark, above which it would wait for a reader by itself.
             await response.write_eof()
             await outlet.finish()
         except (ConnectionError, TimeoutError) as error:

@@ -28,6 +28,7 @@ UNREAD: dict[str, tuple[str, dict[str, Any]]] = {
     "echo stream": (COMPLETIONS, {**ECHO, "stream": True}),
     "echo stream of several": (COMPLETIONS, {**ECHO, "stream": True, "prompt": [[LONG_ID] * 20] * 3}),
     "detokenize": ("/detokenize", {"tokens": [LONG_ID] * NUM_LONG}),
+    "short": ("/detokenize", {"tokens": [LONG_ID] * 3}),
     "tokenize": ("/tokenize", {"prompt": "ab " * 200_000, "return_token_strs": True}),
 }
 
