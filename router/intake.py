@@ -212,6 +212,9 @@ class Intake:
             raise InvalidRequest(f"prompt: at most {MAX_PROMPTS} prompts in one request", "prompt")
         if request.truncate_prompt_tokens is not None:
             parts = [self._tail(part, max_model_len) if isinstance(part, str) else part for part in parts]
+        for part in parts:
+            if isinstance(part, str):
+                self._refuse_long(len(part), max_model_len, "prompt")
         TextBudget().spend(sum(len(part) for part in parts if isinstance(part, str)), "prompt")
         prompts = []
         for part in parts:
