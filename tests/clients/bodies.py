@@ -299,7 +299,7 @@ def _dear() -> Iterator[tuple[str, str, bytes]]:
     wide = {"n": 128, "max_tokens": 4000}
     yield "a wide answer", CHAT, _chat(logprobs=True, top_logprobs=20, **wide)
     yield "a wide completion", COMPLETIONS, json.dumps({"model": MODEL, "prompt": "x", "logprobs": 20, **wide}).encode()
-    echo = {"model": MODEL, "prompt": ["x " * 4000] * 128, "max_tokens": 0, "echo": True, "logprobs": 20}
+    echo = {"model": MODEL, "prompt": ["x " * 4000] * 32, "max_tokens": 0, "echo": True, "logprobs": 20}
     yield "a wide echo", COMPLETIONS, json.dumps(echo).encode()
 
 
