@@ -17,13 +17,13 @@ from router.api import ChatRequest, CompletionRequest, parse
 from router.core import Core
 from router.deciding import Inquiry, decide
 from router.decisions import DecisionsRequest, answer, inquiry_of
-from router.embeddings import EmbeddingsRequest, answer_of, embed
+from router.embeddings import EmbeddingsRequest, embed, parts_of
 from router.intake import Job
 from router.prompt_logprobs import read_prompts
 from router.response_request import ResponsesRequest
 from router.response_shape import shape_of
 from router.responses import body_of_error, encode_json
-from router.text import Piece
+from router.text import Piece, Whole
 
 Kind = type[ChatRequest] | type[CompletionRequest] | type[ResponsesRequest]
 
@@ -73,17 +73,18 @@ async def _whole(core: Core, kind: Kind, body: bytes, request_id: str) -> bytes:
         job = await core.admit(len(body), job_of)
     shape = shape_of(job, core.tokenizer, request_id, await read_prompts(core, job, arrived_s))
     if job.is_prompt_only:
-        return shape.answer([Piece(finish_reason=FinishReason.LENGTH) for _ in job.choices])
+        pieces = [Piece(finish_reason=FinishReason.LENGTH) for _ in job.choices]
+        return b"".join(await core.slices.run(shape.parts(pieces)))
     session = core.open(job, arrived_s)
     try:
-        choices = [Piece() for _ in job.choices]
+        choices = [Whole() for _ in job.choices]
         while events := await session.events():
             for index, piece in events:
                 choices[index].add(piece)
     finally:
         session.close()
     shape.num_cached_tokens = session.num_cached_tokens
-    return shape.answer(choices)
+    return b"".join(await core.slices.run(shape.parts([choice.piece() for choice in choices])))
 
 
 async def _decide(core: Core, body: bytes) -> bytes:
@@ -101,7 +102,7 @@ async def _decide(core: Core, body: bytes) -> bytes:
 async def _embed(core: Core, body: bytes) -> bytes:
     """Return the answer to a body of /v1/embeddings; as `_whole`."""
     found = await embed(core, len(body), lambda: parse(body, EmbeddingsRequest), str, time.monotonic())
-    return await core.off_loop(found.num_bytes, lambda: answer_of(found))
+    return b"".join(await core.slices.run(parts_of(found)))
 
 
 _READ: Final[dict[str, Callable[[Core, bytes], Awaitable[bytes]]]] = {

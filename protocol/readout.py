@@ -14,9 +14,9 @@ from __future__ import annotations
 import math
 import sys
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from enum import StrEnum
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import msgspec
 
@@ -103,16 +103,18 @@ class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
 
     def rows(self) -> list[TokenLogprobs]:
         """Return the rows; raises ValueError where the arrays do not fit each other."""
+        return list(self.each_row())
+
+    def each_row(self) -> Iterator[TokenLogprobs]:
+        """Give one row after the other, each made when it is asked for; raises as `rows`."""
         width = 1 + self.num_top
-        values, integers = floats_of(b"".join(self.values)), _integers_of(b"".join(self.integers))
+        values, integers = _array("f", b"".join(self.values)), _array("i", b"".join(self.integers))
         if len(values) != len(integers) or len(values) % width:
             raise ValueError(f"{len(values)} values and {len(integers)} integers in rows of {width}")
-        found = []
         for at in range(0, len(values), width):
             end = at + width
             top = tuple(zip(integers[at + 1 : end], values[at + 1 : end], strict=True))
-            found.append(TokenLogprobs(values[at], top, integers[at]))
-        return found
+            yield TokenLogprobs(values[at], top, integers[at])
 
     @property
     def num_rows(self) -> int:
@@ -144,17 +146,14 @@ def reads_cache(readout: Readout | None) -> bool:
 
 def floats_of(data: bytes) -> list[float]:
     """Return little-endian float32 as numbers."""
-    floats = array("f", data)
-    if sys.byteorder == "big":
-        floats.byteswap()
-    return floats.tolist()
+    return _array("f", data).tolist()
 
 
-def _integers_of(data: bytes) -> list[int]:
-    integers = array("i", data)
+def _array(kind: str, data: bytes) -> array[Any]:
+    found = array(kind, data)
     if sys.byteorder == "big":
-        integers.byteswap()
-    return integers.tolist()
+        found.byteswap()
+    return found
 
 
 def _fits(prompt: PromptLogprobs) -> bool:

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from typing import Annotated, Any, Final, TypeVar
@@ -19,6 +18,7 @@ from msgspec import Meta
 from protocol.errors import InvalidRequest
 from protocol.request import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_TOKEN_IDS, TokenId
 from router import exact_json
+from router.json_bounds import check_size, check_unique
 from router.structured import Choices, Pattern, ResponseFormat, Schema, StructuredOutputs, Whitespace
 from router.tools import MAX_TOOLS, ToolCallMessage, ToolChoice, ToolDefinition
 
@@ -185,12 +185,14 @@ def parse(body: bytes, kind: type[Request]) -> Request:
     Raises:
         InvalidRequest: it is no JSON object of this kind; names the offending field where there is one.
     """
+    check_size(body)
     try:
         fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
         _check_names(fields, kind)
         found: Request = exact_json.decoder(kind).decode(body)
-        # Readers differ in which of two values they take, so that nobody should have to guess.
-        json.loads(body, object_pairs_hook=_check_unique)
+        # Text that is ignored has not been decoded.
+        body.decode("utf-8", "surrogatepass")
+        check_unique(body)
         return found
     except msgspec.ValidationError as error:
         raise _named(str(error)) from error
@@ -216,13 +218,6 @@ def _check_names(fields: dict[str, msgspec.Raw], kind: type[Any]) -> None:
             unknown.append(name)
     if unknown:
         log.info("ignored unknown fields: %s", ", ".join(ascii(name[:64]) for name in unknown[:16]))
-
-
-def _check_unique(pairs: list[tuple[str, Any]]) -> None:
-    names = [name for name, _ in pairs]
-    if len(set(names)) != len(names):
-        twice = next(name for i, name in enumerate(names) if name in names[:i])
-        raise InvalidRequest(f"{ascii(twice[:64])} is there twice in one object")
 
 
 def _require_default(name: str, raw: msgspec.Raw) -> None:

@@ -32,7 +32,10 @@ class RouterConfig:
         placement_wait_s: how long an accepted request may wait for a pair of workers.
         startup_wait_s: in so many seconds after its start a router lets requests wait for the first pair of workers,
             which may be on their way back from its predecessor; later they get 503.
-        client_stall_s: a client that reads nothing of its stream for this long, though there is something, is cut.
+        client_stall_s: a client that reads nothing of its answer for this long, though there is something, is cut.
+        max_unread_bytes: of answers that wait for their clients, all connections together; beyond it clients are cut,
+            first who has been silent for longest.
+        max_answer_values: log probabilities that one answer may hold: choices, tokens and alternatives multiplied.
         request_read_s: how long a client may take to send a body.
         idle_s: a connection on which no request has come for this long, not even the whole head of one, is closed.
         api_keys: keys that clients may show; without keys and key files everybody may ask.
@@ -67,6 +70,8 @@ class RouterConfig:
     placement_wait_s: float = 60.0
     startup_wait_s: float = 5.0
     client_stall_s: float = 30.0
+    max_unread_bytes: int = 256 << 20
+    max_answer_values: int = 1 << 20
     max_resume_s: float = 60.0
     request_read_s: float = 60.0
     idle_s: float = 75.0
@@ -81,7 +86,7 @@ class RouterConfig:
             raise ConfigError("served_model_names: at least one name is needed")
         if len(self.secret) < 16:
             raise ConfigError("secret: the cluster secret must have at least 16 bytes")
-        for name in ("max_num_requests", "max_body_bytes", "max_placements"):
+        for name in ("max_num_requests", "max_body_bytes", "max_placements", "max_unread_bytes", "max_answer_values"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         positive = ("heartbeat_s", "stall_s", "ttft_slo_s", "placement_wait_s", "max_wait_s", "client_stall_s")

@@ -9,27 +9,28 @@ closes it, however its client ended. What is only read off prompts goes the same
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from typing import Any, Final, TypeVar
+from contextlib import AbstractContextManager, contextmanager
+from typing import Final, TypeVar
 
-from protocol.errors import GrammarError, InvalidRequest, NotReady, Overloaded
+from protocol.errors import GrammarError, InvalidRequest, NotReady
 from protocol.readout import EmbeddingCard
 from router.access_log import current
-from router.admission import OVERLOAD_RETRY_S
 from router.config import RouterConfig
 from router.fairness import Shares
 from router.grammar_checks import GrammarChecks
 from router.intake import Intake, Job
 from router.open_requests import OpenRequests
 from router.reading import ReadQuery, ReadSession
+from router.slices import Slices
 from router.switchboard import Session, Switchboard
+from router.text_threads import TextThreads
 from router.tokenizer import Tokenizer
 
-LONG_TEXT_BYTES: Final = 20_000
-NUM_TEXT_THREADS: Final = 2
+# Two or three milliseconds at the worst, whatever it says: it is worked on where everybody's streams are.
+LONG_TEXT_BYTES: Final = 4_000
+# So many may ask a hundred questions, each of which is tokenised on its own.
+LONG_INQUIRY_BYTES: Final = 500
 
 Result = TypeVar("Result")
 
@@ -46,12 +47,12 @@ class Core:
         self.tokenizer = tokenizer
         self.switchboard = switchboard
         self.max_num_requests = config.max_num_requests
-        self.intake = Intake(tokenizer, config.served_model_names)
+        self.intake = Intake(tokenizer, config.served_model_names, config.max_answer_values)
         self.open_requests = OpenRequests()
         self.grammars = GrammarChecks(config.model_path)
+        self.slices = Slices()
         self._admitting = Shares()
-        self._num_in_threads = 0
-        self._threads = ThreadPoolExecutor(NUM_TEXT_THREADS, thread_name_prefix="text")
+        self._threads = TextThreads(config.max_num_requests)
 
     async def started(self) -> None:
         """Wait until the first pair of workers is there, or has had its time to come."""
@@ -113,12 +114,16 @@ class Core:
         """Submit a job; the caller closes the session. Raises as `Switchboard.open` does."""
         return self.switchboard.open(job, arrived_s)
 
+    def answering(self, num_places: int = 1) -> AbstractContextManager[None]:
+        """Hold places for an answer from its last token on: until its client has read it, it counts for newcomers."""
+        return self.switchboard.answering(num_places)
+
     async def admit_readouts(self, num_bytes: int, make: Callable[[int], Result], embeds: bool = False) -> Result:
         """As `admit`, for what `make` returns, of requests that are only read; `embeds`: only for vectors."""
         max_model_len = self.switchboard.check_capacity(is_readout=True)
         if not embeds:
             self._refuse_encoder()
-        return await self.off_loop(num_bytes, lambda: make(max_model_len))
+        return await self.off_loop(num_bytes, lambda: make(max_model_len), LONG_INQUIRY_BYTES)
 
     def open_readouts(self, queries: Sequence[ReadQuery], cache_salt: str, arrived_s: float) -> ReadSession:
         """Submit readouts; the caller closes the session. Raises as `Switchboard.open_readouts` does."""
@@ -139,28 +144,17 @@ class Core:
         if self.switchboard.registry.is_encoder:
             raise InvalidRequest("model: this model only embeds: use /v1/embeddings", "model")
 
-    async def off_loop(self, num_bytes: int, work: Callable[[], Result]) -> Result:
+    async def off_loop(self, num_bytes: int, work: Callable[[], Result], long_bytes: int = LONG_TEXT_BYTES) -> Result:
         """Run work on text: here if it is short, in a thread if it is long.
 
         Raises:
-            Overloaded: as many long texts as may wait for a thread do.
+            Overloaded: as many long texts as may wait for a thread do, of everybody or of this party.
         """
-        if num_bytes <= LONG_TEXT_BYTES:
+        if num_bytes <= long_bytes:
             return work()
-        if self._num_in_threads >= self.max_num_requests:
-            raise Overloaded(f"{self._num_in_threads} long texts wait to be tokenised", OVERLOAD_RETRY_S)
-        self._num_in_threads += 1
-        future = asyncio.get_running_loop().run_in_executor(self._threads, work)
-        # A thread works on for a client that has left, so its place is free when the thread is.
-        future.add_done_callback(self._left_thread)
-        return await asyncio.shield(future)
-
-    def _left_thread(self, future: asyncio.Future[Any]) -> None:
-        self._num_in_threads -= 1
-        if not future.cancelled():
-            future.exception()  # whoever waits for it has it; nobody does where its client has left
+        return await self._threads.run(num_bytes, work)
 
     async def close(self) -> None:
         """Let threads and child processes go."""
         await self.grammars.close()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._threads.close()

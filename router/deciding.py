@@ -90,7 +90,7 @@ async def decide(core: Core, num_bytes: int, make: Callable[[], Inquiry], arrive
         readings = await session.readings()
     finally:
         session.close()
-    answers = [Distribution.of(one.labels) for one in readings]
+    answers = await core.slices.run(Distribution.of(one.labels) for one in readings)
     return Verdict(answers, _usage(by_state, [one.num_cached_tokens for one in readings]))
 
 

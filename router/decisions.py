@@ -112,12 +112,18 @@ def inquiry_of(request: DecisionsRequest) -> Inquiry:
 
 def answer(request: DecisionsRequest, verdict: Verdict) -> bytes:
     """Return the body of the response."""
-    pairs = zip(request.questions, verdict.answers, strict=True)
+    return b"".join(parts(request, verdict))
+
+
+def parts(request: DecisionsRequest, verdict: Verdict) -> Iterator[bytes]:
+    """Give the body of the response, an answer at a time."""
     usage = verdict.usage
-    return encode_json(
+    yield b'{"answers":['
+    for place, (question, found) in enumerate(zip(request.questions, verdict.answers, strict=True)):
+        yield (b"," if place else b"") + encode_json(_answer(question, found))
+    rest = encode_json(
         {
             "model": request.model,
-            "answers": [_answer(question, found) for question, found in pairs],
             "usage": {
                 "input_tokens": usage.num_input_tokens,
                 "input_tokens_details": {
@@ -130,6 +136,7 @@ def answer(request: DecisionsRequest, verdict: Verdict) -> bytes:
             },
         }
     )
+    yield b"]," + rest[1:]
 
 
 def json_text(value: Any) -> str:

@@ -22,6 +22,7 @@ from aiohttp.web_request import BaseRequest
 from router.access import OPEN_PATHS, Access, Client
 from router.access_log import CLIENT_LEFT, AccessLog, current
 from router.responses import encode_json, error_body
+from router.text_threads import PARTY
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ REQUEST_ID: Final = web.RequestKey("request_id", str)
 MAX_LINE_BYTES: Final = 8190
 MAX_HEADERS: Final = 128
 PREFLIGHT_AGE_S: Final = 600
+UNREAD_ERROR_S: Final = 10.0
 _EXPOSED: Final = "X-Request-ID, Retry-After"
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -71,6 +73,7 @@ def keys_needed(access: Access) -> Any:
         if request.path not in OPEN_PATHS:
             client = access.client_of(request.headers.get("Authorization"), request.remote)
             request[TENANT], current().client = client.tenant, client
+            PARTY.set(client.name)
         return await handler(request)
 
     return check
@@ -158,6 +161,10 @@ class _Connection(web.RequestHandler):
         body = encode_json(error_body(what or "this is not HTTP that can be read", "invalid_request_error", status))
         response = web.Response(status=status, body=body, headers={"Content-Type": "application/json"})
         response.force_close()
+        transport = self.transport
+        if transport is not None:
+            # It is closed when this is sent, and nobody else sees to it that it is read.
+            asyncio.get_running_loop().call_later(UNREAD_ERROR_S, transport.abort)
         return response
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import base64
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Final, Literal
@@ -25,10 +25,13 @@ from msgspec import Meta
 from protocol.errors import ContextTooLong, InvalidRequest
 from protocol.readout import EmbeddingCard, ReadEmbedding, floats_of
 from protocol.request import TokenId
+from router.answers import AnswerWriter
 from router.api import Short, parse
 from router.core import Core
+from router.generated import shaped
 from router.reading import ReadQuery
 from router.responses import encode_json
+from router.text_threads import TextBudget
 from router.tokenizer import Tokenizer
 
 MAX_INPUTS: Final = 2048
@@ -84,6 +87,7 @@ class EmbeddingInputs:
         normalize = self._card.normalize if request.normalize is None else request.normalize
         readout = ReadEmbedding(pooling=self._card.pooling, normalize=normalize)
         parts = _split(request.input)
+        TextBudget().spend(sum(len(part) for part in parts if isinstance(part, str)), "input")
         return [
             ReadQuery(tuple(self._tokens(part, request, f"input[{i}]" if len(parts) > 1 else "input")), readout)
             for i, part in enumerate(parts)
@@ -146,6 +150,7 @@ class EmbeddingRoutes:
 
     Args:
         core: admits and carries out.
+        writer: of answers.
         read: reads the body of a request.
         salt: makes of a client's salt one that no other tenant has.
     """
@@ -153,10 +158,12 @@ class EmbeddingRoutes:
     def __init__(
         self,
         core: Core,
+        writer: AnswerWriter,
         read: Callable[[web.Request], Awaitable[bytes]],
         salt: Callable[[web.Request, str], str],
     ) -> None:
         self._core = core
+        self._writer = writer
         self._read = read
         self._salt = salt
 
@@ -164,7 +171,7 @@ class EmbeddingRoutes:
         """Register the handler."""
         app.router.add_post("/v1/embeddings", self._embed)
 
-    async def _embed(self, request: web.Request) -> web.Response:
+    async def _embed(self, request: web.Request) -> web.StreamResponse:
         arrived_s = time.monotonic()
         core = self._core
         await core.started()
@@ -172,8 +179,8 @@ class EmbeddingRoutes:
         found = await embed(
             core, len(body), lambda: parse(body, EmbeddingsRequest), partial(self._salt, request), arrived_s
         )
-        answer = await core.off_loop(found.num_bytes, lambda: answer_of(found))
-        return web.Response(body=answer, content_type="application/json")
+        with core.answering():
+            return await self._writer.send(request, await shaped(core, parts_of(found)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,17 +243,17 @@ async def embed(
     return Embedded(request, vectors, sum(query.num_tokens for query in queries))
 
 
-def answer_of(found: Embedded) -> bytes:
-    """Return the body of the response."""
+def parts_of(found: Embedded) -> Iterator[bytes]:
+    """Give the body of the response, a vector at a time."""
     shape: Callable[[bytes], Any] = floats_of
     if found.request.encoding_format == "base64":
         shape = lambda vector: base64.b64encode(vector).decode()  # noqa: E731
-    data = [
-        {"object": "embedding", "index": index, "embedding": shape(vector)}
-        for index, vector in enumerate(found.vectors)
-    ]
+    yield b'{"object":"list","data":['
+    for index, vector in enumerate(found.vectors):
+        data = {"object": "embedding", "index": index, "embedding": shape(vector)}
+        yield (b"," if index else b"") + encode_json(data)
     usage = {"prompt_tokens": found.num_tokens, "total_tokens": found.num_tokens}
-    return encode_json({"object": "list", "data": data, "model": found.request.model, "usage": usage})
+    yield b"]," + encode_json({"model": found.request.model, "usage": usage})[1:]
 
 
 def _split(given: str | list[str | int | list[int]]) -> list[str | list[int]]:

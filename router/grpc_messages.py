@@ -207,6 +207,13 @@ class MessageShape:
             return None
         return pb.GenerateResponse(id=self._id, created=self._created, model=self._job.model, choices=shown)
 
+    def num_prompt_values(self, indices: Iterable[int]) -> int:
+        """Return how many values the next message has to tell of the prompts of these choices."""
+        if self._read is None:
+            return 0
+        new = [self._job.choices[index].prompt for index in indices if not self._progress[index].has_begun]
+        return sum(len(prompt.token_ids) * (1 + (self._job.num_prompt_top or 0)) for prompt in new)
+
     def closing(self, num_cached_tokens: int) -> pb.GenerateResponse:
         """Return the last message."""
         num_prompt = sum(len(prompt.token_ids) for prompt in self._job.prompts)

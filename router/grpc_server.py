@@ -16,11 +16,11 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 from urllib.parse import unquote
 
 import grpc
@@ -47,10 +47,11 @@ from router.access_log import AccessLog, RequestRecord, current
 from router.api import ChatRequest, CompletionRequest, parse
 from router.bodies import body_of_fields
 from router.config import RouterConfig
-from router.core import Core
+from router.core import LONG_TEXT_BYTES, Core
 from router.deciding import Inquiry, decide
 from router.decisions import DecisionsRequest, answer, inquiry_of
 from router.embeddings import EmbeddingsRequest, embed
+from router.event_stream import Nothing, Source
 from router.grpc_decisions import decide_response, decisions_body
 from router.grpc_embeddings import embed_response, embeddings_body
 from router.grpc_messages import MessageShape, body_of
@@ -60,8 +61,10 @@ from router.rpc import baton_v1_pb2 as pb
 from router.rpc import baton_v1_pb2_grpc as rpc
 from router.switchboard import Session
 from router.text import Piece
+from router.text_threads import PARTY
 
 log = logging.getLogger(__name__)
+Result = TypeVar("Result")
 
 SERVICE: Final = pb.DESCRIPTOR.services_by_name["Baton"].full_name
 BIND_BUDGET_S: Final = 5.0
@@ -69,6 +72,8 @@ BIND_RETRY_S: Final = 0.1
 HEALTH_EVERY_S: Final = 0.1
 PAUSE_AFTER_S: Final = 0.5
 GIVE_UP_S: Final = 1.0
+# What a value of an answer takes of a thread's time, in the bytes of text that take as long.
+VALUE_BYTES: Final = 8
 MAX_REQUEST_ID_CHARS: Final = 128
 _STATUS: Final[tuple[tuple[type[BatonError], grpc.StatusCode], ...]] = (
     (Overloaded, grpc.StatusCode.RESOURCE_EXHAUSTED),
@@ -236,7 +241,9 @@ class BatonService(rpc.BatonServicer):  # type: ignore[misc, unused-ignore]
             return self._access.salt(tenant, cache_salt or told.get("cache_salt", ""))
 
         found = await embed(self._core, request.ByteSize(), make, salt, arrived_s)
-        return await self._core.off_loop(found.num_bytes, lambda: embed_response(found))
+        response = await _off_loop(found.num_bytes, lambda: embed_response(found))
+        self._hold_until_read(context)
+        return response
 
     async def _decide(self, request: pb.DecideRequest, context: Any) -> pb.DecideResponse:
         arrived_s, tenant, told = time.monotonic(), self._tenant(context), _told(context)
@@ -250,7 +257,16 @@ class BatonService(rpc.BatonServicer):  # type: ignore[misc, unused-ignore]
             )
 
         verdict = await decide(self._core, request.ByteSize(), make, arrived_s)
-        return decide_response(answer(parsed[0], verdict))
+        num_bytes = VALUE_BYTES * sum(len(found.probabilities) for found in verdict.answers)
+        response = await _off_loop(num_bytes, lambda: decide_response(answer(parsed[0], verdict)))
+        self._hold_until_read(context)
+        return response
+
+    def _hold_until_read(self, context: Any) -> None:
+        """Hold a place for an answer that gRPC itself writes, until its client has it or is gone."""
+        place = self._core.answering()
+        place.__enter__()
+        context.add_done_callback(lambda _: place.__exit__(None, None, None))
 
     async def _generate(self, request: pb.GenerateRequest, context: Any) -> None:
         arrived_s, core = time.monotonic(), self._core
@@ -263,7 +279,9 @@ class BatonService(rpc.BatonServicer):  # type: ignore[misc, unused-ignore]
         read = await read_prompts(core, job, arrived_s)
         shape = MessageShape(job, core.tokenizer, request_id, read)
         if job.is_prompt_only:
-            await self._tell_prompts(job, shape, context)
+            core.switchboard.check_capacity(len(job.choices))
+            with core.answering(len(job.choices)):
+                await self._tell_prompts(job, shape, context)
             return
         core.open_requests.check(name)
         session = core.open(job, arrived_s)
@@ -280,6 +298,7 @@ class BatonService(rpc.BatonServicer):  # type: ignore[misc, unused-ignore]
         metadata = dict(context.invocation_metadata() or ())
         client = self._access.client_of(metadata.get("authorization"), _address(context.peer()))
         current().client = client
+        PARTY.set(client.name)
         return client.tenant
 
     def _job(self, request: pb.GenerateRequest, tenant: str, told: dict[str, Any], max_model_len: int) -> Job:
@@ -292,26 +311,36 @@ class BatonService(rpc.BatonServicer):  # type: ignore[misc, unused-ignore]
         return replace(job, cache_salt=self._access.salt(tenant, job.cache_salt))
 
     async def _tell_prompts(self, job: Job, shape: MessageShape, context: Any) -> None:
-        """Answer where nothing is generated: prompts echoed, or told about."""
-        ended = ((choice.index, Piece(finish_reason=FinishReason.LENGTH)) for choice in job.choices)
-        with suppress(TimeoutError):
-            async with asyncio.timeout(self._stall_s):
-                await context.write(shape.chunk(ended))
-                await context.write(shape.closing(0))
+        """Answer where nothing is generated: prompts echoed, or told about, a message each."""
+        writer = MessageWriter(Nothing(), context, self._stall_s)
+        for choice in job.choices:
+            ended = [(choice.index, Piece(finish_reason=FinishReason.LENGTH))]
+            if (message := await self._shaped(shape, ended, job)) is not None:
+                await writer.write(message)
+        await writer.write(shape.closing(0))
 
     async def _follow(self, session: Session, shape: MessageShape, context: Any) -> None:
         writer = MessageWriter(session, context, self._stall_s)
         while events := await session.events():
-            if (message := shape.chunk(events)) is not None:
+            if (message := await self._shaped(shape, events, session.job)) is not None:
                 await writer.write(message)
-        await writer.write(shape.closing(session.num_cached_tokens))
+        with self._core.answering():
+            await writer.write(shape.closing(session.num_cached_tokens))
+
+    async def _shaped(
+        self, shape: MessageShape, events: list[tuple[int, Piece]], job: Job
+    ) -> pb.GenerateResponse | None:
+        """Return the message for some pieces; what is much is shaped in a thread."""
+        num_values = sum(len(piece.logged) * (1 + (job.choices[i].sampling.num_logprobs or 0)) for i, piece in events)
+        num_values += shape.num_prompt_values(i for i, _ in events)
+        return await _off_loop(VALUE_BYTES * num_values, lambda: shape.chunk(events))
 
 
 class MessageWriter:
     """Writes the messages of one stream; a client that does not read pauses its own generation only."""
 
-    def __init__(self, session: Session, context: Any, stall_s: float) -> None:
-        self._session = session
+    def __init__(self, source: Source, context: Any, stall_s: float) -> None:
+        self._source = source
         self._context = context
         self._stall_s = stall_s
         self._loop = asyncio.get_running_loop()
@@ -328,17 +357,21 @@ class MessageWriter:
             async with asyncio.timeout(self._stall_s):
                 await self._context.write(message)
         except TimeoutError as error:
-            self._session.close()
             raise DeadlineExceeded(f"the client has read nothing for {self._stall_s:g} s") from error
         finally:
             pause.cancel()
         if self._is_paused:
             self._is_paused = False
-            self._session.go_on()
+            self._source.go_on()
 
     def _pause(self) -> None:
         self._is_paused = True
-        self._session.pause()
+        self._source.pause()
+
+
+async def _off_loop(num_bytes: int, work: Callable[[], Result]) -> Result:
+    """Shape a message: here if it is little, in a thread if it is much."""
+    return work() if num_bytes <= LONG_TEXT_BYTES else await asyncio.to_thread(work)
 
 
 async def _refuse(context: Any, error: RequestRejected | RequestFailed, record: RequestRecord) -> None:

@@ -17,8 +17,8 @@ from typing import Any
 import msgspec
 
 from protocol.errors import ContextTooLong, InvalidRequest, RequestRejected, UnknownModel
-from protocol.readout import MAX_PROMPT_VALUES
 from protocol.request import MAX_SEED, Grammar, SamplingParams
+from router.answer_bounds import MAX_ANSWER_VALUES, AnswerBound, num_logprobs, num_prompt_top
 from router.api import (
     MAX_CHOICES,
     MAX_PROMPTS,
@@ -32,6 +32,7 @@ from router.conversation import calls_of, check_results, render, rendered, told
 from router.response_request import RENAMED, ResponsesRequest, renamed
 from router.structured import Structured, structured_output
 from router.text import TextOptions
+from router.text_threads import TextBudget
 from router.tokenizer import Tokenizer
 from router.tools import ToolUse, tool_use
 
@@ -102,8 +103,11 @@ class Job:
 class Intake:
     """Makes jobs of requests for one model."""
 
-    def __init__(self, tokenizer: Tokenizer, served_model_names: Sequence[str]) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, served_model_names: Sequence[str], max_answer_values: int = MAX_ANSWER_VALUES
+    ) -> None:
         self._tokenizer = tokenizer
+        self._bound = AnswerBound(max_answer_values)
         self._names = tuple(served_model_names)
 
     def job(self, request: ChatRequest | CompletionRequest | ResponsesRequest, max_model_len: int) -> Job:
@@ -131,14 +135,7 @@ class Intake:
             prompts = self._completion_prompts(request, max_model_len)
         if len(prompts) * (request.n or 1) > MAX_CHOICES:
             raise InvalidRequest(f"n: prompts times n may be at most {MAX_CHOICES}", "n")
-        base_seed = secrets.randbits(63) if request.seed is None else request.seed & MAX_SEED
-        choices: list[Choice] = []
-        for number, prompt in enumerate(prompts):
-            for i in range(request.n or 1):
-                # Unseeded prompts draw independently; a seed gives every prompt the same numbers, as if asked alone.
-                seed = (base_seed + i + (number << 32 if request.seed is None else 0)) & MAX_SEED
-                sampling = self._sampling(request, prompt, seed, max_model_len)
-                choices.append(Choice(len(choices), prompt, sampling))
+        choices = self._choices(request, prompts, max_model_len)
         structured = structured_output(request)
         if tools is not None and (grammar := tools.grammar()) is not None:
             if structured is not None:
@@ -160,7 +157,7 @@ class Intake:
             priority=request.priority or 0,
             tools=tools,
             grammar_field="" if structured is None else structured.field,
-            num_prompt_top=_num_prompt_top(request, prompts),
+            num_prompt_top=num_prompt_top(request, [len(prompt.token_ids) for prompt in prompts]),
             num_shown_top=request.prompt_logprobs,
             is_prompt_only=_is_prompt_only(request),
         )
@@ -201,7 +198,11 @@ class Intake:
     # --- prompts ---
 
     def _chat_prompt(self, request: ChatRequest, max_model_len: int, tools: ToolUse | None) -> PromptTokens:
-        text = render(self._tokenizer, request, plain_messages(request.messages), tools)
+        messages = plain_messages(request.messages)
+        if request.truncate_prompt_tokens is None:
+            # Before a template walks through it.
+            self._refuse_long(sum(len(message["content"]) for message in messages), max_model_len, "messages")
+        text = render(self._tokenizer, request, messages, tools)
         if request.truncate_prompt_tokens is not None:
             text = self._tail(text, max_model_len)
         ids = self._encode(text, bool(request.add_special_tokens), max_model_len, "messages")
@@ -212,10 +213,14 @@ class Intake:
         parts = split_prompts(request.prompt)
         if len(parts) > MAX_PROMPTS:
             raise InvalidRequest(f"prompt: at most {MAX_PROMPTS} prompts in one request", "prompt")
+        if request.truncate_prompt_tokens is not None:
+            parts = [self._tail(part, max_model_len) if isinstance(part, str) else part for part in parts]
+        for part in parts:
+            if isinstance(part, str):
+                self._refuse_long(len(part), max_model_len, "prompt")
+        TextBudget().spend(sum(len(part) for part in parts if isinstance(part, str)), "prompt")
         prompts = []
         for part in parts:
-            if isinstance(part, str) and request.truncate_prompt_tokens is not None:
-                part = self._tail(part, max_model_len)
             if isinstance(part, str):
                 ids = self._encode(part, request.add_special_tokens is not False, max_model_len, "prompt")
             else:
@@ -230,10 +235,13 @@ class Intake:
         return prompts
 
     def _encode(self, text: str, add_special: bool, max_model_len: int, param: str) -> list[int]:
-        # No token is longer than the longest: what cannot fit is refused before it is tokenised.
-        if len(text) > max_model_len * self._tokenizer.max_token_chars:
-            raise ContextTooLong(f"{param}: {len(text)} characters exceed the context of {max_model_len} tokens", param)
+        self._refuse_long(len(text), max_model_len, param)
         return self._tokenizer.encode(text, add_special)
+
+    def _refuse_long(self, num_chars: int, max_model_len: int, param: str) -> None:
+        # No token is longer than the longest: what cannot fit is refused before it is tokenised.
+        if num_chars > max_model_len * self._tokenizer.max_token_chars:
+            raise ContextTooLong(f"{param}: {num_chars} characters exceed the context of {max_model_len} tokens", param)
 
     def _tail(self, text: str, max_model_len: int) -> str:
         """Return the end of a text that is going to be truncated: as much as the context can hold, at the most."""
@@ -270,16 +278,39 @@ class Intake:
 
     # --- sampling ---
 
+    def _choices(self, request: GenerationFields, prompts: Sequence[PromptTokens], max_model_len: int) -> list[Choice]:
+        base_seed = secrets.randbits(63) if request.seed is None else request.seed & MAX_SEED
+        # What names tokens may be long: it is looked at once, whatever the number of prompts.
+        stop_token_ids = self._known(request.stop_token_ids or (), "stop_token_ids")
+        logit_bias = self._logit_bias(request.logit_bias or {})
+        choices: list[Choice] = []
+        num_choices = len(prompts) * (request.n or 1)
+        self._bound.check_prompts(request, [len(p.token_ids) for p in prompts])
+        for number, prompt in enumerate(prompts):
+            sampling = msgspec.structs.replace(
+                self._sampling(request, prompt, num_choices, max_model_len),
+                stop_token_ids=stop_token_ids,
+                logit_bias=logit_bias,
+            )
+            for i in range(request.n or 1):
+                # Unseeded prompts draw independently; a seed gives every prompt the same numbers, as if asked alone.
+                seed = (base_seed + i + (number << 32 if request.seed is None else 0)) & MAX_SEED
+                choices.append(Choice(len(choices), prompt, msgspec.structs.replace(sampling, seed=seed)))
+        return choices
+
     def _sampling(
-        self, request: GenerationFields, prompt: PromptTokens, seed: int, max_model_len: int
+        self, request: GenerationFields, prompt: PromptTokens, num_choices: int, max_model_len: int
     ) -> SamplingParams:
         max_tokens = self._max_tokens(request, len(prompt.token_ids), max_model_len)
+        if (most := self._bound.most_tokens(request, num_choices)) is not None:
+            # Where nothing was asked for, an answer ends where it is full.
+            max_tokens = min(max_tokens, most)
         min_tokens = request.min_tokens or 0
         if min_tokens > max_tokens:
             raise InvalidRequest(f"min_tokens ({min_tokens}) must not exceed max_tokens ({max_tokens})", "min_tokens")
         temperature = _or(request.temperature, 1.0)
         return SamplingParams(
-            seed=seed,
+            seed=0,
             temperature=temperature if temperature >= _MIN_TEMPERATURE else 0.0,
             top_k=max(0, _or(request.top_k, 0)),
             top_p=_or(request.top_p, 1.0),
@@ -287,13 +318,11 @@ class Intake:
             repetition_penalty=_or(request.repetition_penalty, 1.0),
             presence_penalty=_or(request.presence_penalty, 0.0),
             frequency_penalty=_or(request.frequency_penalty, 0.0),
-            logit_bias=self._logit_bias(request.logit_bias or {}),
             max_tokens=max(1, max_tokens),
             min_tokens=min_tokens,
             ignore_eos=bool(request.ignore_eos),
-            stop_token_ids=self._known(request.stop_token_ids or (), "stop_token_ids"),
             eos_token_ids=self._tokenizer.eos_token_ids,
-            num_logprobs=_num_logprobs(request),
+            num_logprobs=num_logprobs(request),
         )
 
     def _max_tokens(self, request: GenerationFields, num_prompt_tokens: int, max_model_len: int) -> int:
@@ -397,35 +426,6 @@ def _content(message: ChatMessage, i: int) -> str:
 
 def _is_prompt_only(request: GenerationFields) -> bool:
     return request.max_tokens == 0 and isinstance(request, CompletionRequest)
-
-
-def _num_logprobs(request: GenerationFields) -> int | None:
-    if isinstance(request, CompletionRequest):
-        return request.logprobs
-    assert isinstance(request, ChatRequest)
-    if not request.logprobs:
-        if request.top_logprobs:
-            raise InvalidRequest("top_logprobs needs logprobs to be true", "top_logprobs")
-        return None
-    return request.top_logprobs or 0
-
-
-def _num_prompt_top(request: GenerationFields, prompts: Sequence[PromptTokens]) -> int | None:
-    """Return how many of the likeliest tokens are to be read beside each prompt token, or None to read none."""
-    if request.prompt_logprobs is not None and request.stream:
-        raise InvalidRequest("prompt_logprobs: not available in a stream", "prompt_logprobs")
-    wanted = [] if request.prompt_logprobs is None else [(request.prompt_logprobs, "prompt_logprobs")]
-    if isinstance(request, CompletionRequest) and request.echo and request.logprobs is not None:
-        wanted.append((request.logprobs, "logprobs"))
-    for num_top, param in wanted:
-        for prompt in prompts:
-            if len(prompt.token_ids) * (1 + num_top) > MAX_PROMPT_VALUES:
-                raise InvalidRequest(
-                    f"{param}: {len(prompt.token_ids)} prompt tokens with {1 + num_top} log probabilities each are "
-                    f"more than {MAX_PROMPT_VALUES}",
-                    param,
-                )
-    return max((num_top for num_top, _ in wanted), default=None)
 
 
 def _or(value: Any, default: Any) -> Any:

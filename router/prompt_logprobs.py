@@ -7,17 +7,18 @@ has nothing before it: its entry is null.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
-from protocol.readout import ReadPrompt
+from protocol.readout import PromptLogprobs, ReadPrompt
 from protocol.request import TokenLogprobs
 from router.core import Core
 from router.intake import Job, PromptTokens
+from router.logprob_lists import LogprobLists, batches, raw_items
 from router.logprob_shapes import finite
 from router.reading import ReadQuery
-from router.responses import CompletionLogprobs
 from router.tokenizer import Tokenizer
 
 
@@ -26,11 +27,11 @@ class ReadPrompts:
     """What was read off the prompts of a job: a row for each token but the first."""
 
     prompts: tuple[PromptTokens, ...]
-    rows: list[list[TokenLogprobs]]
+    found: tuple[PromptLogprobs, ...]
 
-    def of(self, prompt: PromptTokens) -> list[TokenLogprobs]:
-        """Return the rows of a prompt of the job."""
-        return next(rows for known, rows in zip(self.prompts, self.rows, strict=True) if known is prompt)
+    def of(self, prompt: PromptTokens) -> Iterator[TokenLogprobs]:
+        """Give the rows of a prompt of the job, each made when it is asked for."""
+        return next(one.each_row() for known, one in zip(self.prompts, self.found, strict=True) if known is prompt)
 
 
 async def read_prompts(core: Core, job: Job, arrived_s: float) -> ReadPrompts | None:
@@ -48,57 +49,62 @@ async def read_prompts(core: Core, job: Job, arrived_s: float) -> ReadPrompts | 
         readings = await session.readings()
     finally:
         session.close()
-    packed = [one.prompt for one in readings if one.prompt is not None]
-    num_bytes = sum(len(piece) for one in packed for piece in one.values)
-    rows = await core.off_loop(num_bytes, lambda: [one.rows() for one in packed])
-    return ReadPrompts(job.prompts, rows)
+    return ReadPrompts(job.prompts, tuple(one.prompt for one in readings if one.prompt is not None))
 
 
-def echoed(
-    tokenizer: Tokenizer, prompt: PromptTokens, rows: Sequence[TokenLogprobs], num_top: int
-) -> CompletionLogprobs:
-    """Return the parallel lists of a completion for its prompt; what follows is appended by `followed_by`."""
-    offsets, offset = [], 0
-    for token_id in prompt.token_ids:
-        offsets.append(offset)
-        offset += len(tokenizer.token_text(token_id))
-    top: list[dict[str, float] | None] = [None]
-    for token_id, row in zip(prompt.token_ids[1:], rows, strict=True):
-        top.append(top_of(tokenizer, token_id, row, num_top))
-    return CompletionLogprobs(
-        text_offset=offsets,
-        token_logprobs=[None, *(finite(row.logprob) for row in rows)],
-        tokens=[plain_token(tokenizer, token_id) for token_id in prompt.token_ids],
-        top_logprobs=top,
-    )
-
-
-def followed_by(prompt: CompletionLogprobs, completion: CompletionLogprobs) -> CompletionLogprobs:
-    """Return both, one after the other."""
-    return CompletionLogprobs(
-        text_offset=prompt.text_offset + completion.text_offset,
-        token_logprobs=prompt.token_logprobs + completion.token_logprobs,
-        tokens=prompt.tokens + completion.tokens,
-        top_logprobs=prompt.top_logprobs + completion.top_logprobs,
-    )
+def echo_steps(
+    tokenizer: Tokenizer, prompt: PromptTokens, rows: Iterable[TokenLogprobs], num_top: int, found: LogprobLists
+) -> Iterator[None]:
+    """Append the lists of a completion for its prompt, a few tokens a step."""
+    every_row: Iterator[TokenLogprobs | None] = chain([None], rows)
+    logged = zip(prompt.token_ids, echo_offsets(tokenizer, prompt), every_row, strict=True)
+    for some in batches(logged):
+        found.add(
+            [offset for _, offset, _ in some],
+            [None if row is None else finite(row.logprob) for *_, row in some],
+            [plain_token(tokenizer, token_id) for token_id, *_ in some],
+            [None if row is None else top_of(tokenizer, token_id, row, num_top) for token_id, _, row in some],
+        )
+        yield
 
 
 def by_token_id(
-    tokenizer: Tokenizer, prompt: PromptTokens, rows: Sequence[TokenLogprobs], num_top: int
-) -> list[dict[str, Any] | None]:
-    """Return `prompt_logprobs` as vLLM does: for each token a map of token ids, its own and the likeliest."""
-    found: list[dict[str, Any] | None] = [None]
-    for token_id, row in zip(prompt.token_ids[1:], rows, strict=True):
-        entries = {token_id: (row.logprob, row.rank)}
-        for place, (other_id, logprob) in enumerate(row.top[:num_top]):
-            entries.setdefault(other_id, (logprob, place + 1))
-        found.append(
-            {
-                str(one): {"logprob": finite(logprob), "rank": rank, "decoded_token": tokenizer.token_text(one)}
-                for one, (logprob, rank) in entries.items()
-            }
-        )
-    return found
+    tokenizer: Tokenizer, prompt: PromptTokens, rows: Iterable[TokenLogprobs], num_top: int, found: list[bytes]
+) -> Iterator[None]:
+    """Append `prompt_logprobs` as vLLM has it, a few tokens a step: maps of token ids, its own and the likeliest."""
+    found.append(b"null")
+    for some in batches(zip(prompt.token_ids[1:], rows, strict=True)):
+        found.append(raw_items([_entry(tokenizer, token_id, row, num_top) for token_id, row in some]))
+        yield
+
+
+def _entry(tokenizer: Tokenizer, token_id: int, row: TokenLogprobs, num_top: int) -> dict[str, Any]:
+    entries = {token_id: (row.logprob, row.rank)}
+    for place, (other_id, logprob) in enumerate(row.top[:num_top]):
+        entries.setdefault(other_id, (logprob, place + 1))
+    return {
+        str(one): {"logprob": finite(logprob), "rank": rank, "decoded_token": tokenizer.token_text(one)}
+        for one, (logprob, rank) in entries.items()
+    }
+
+
+def echo_offsets(tokenizer: Tokenizer, prompt: PromptTokens) -> Iterator[int]:
+    """Give where in the echoed text each token of a prompt begins; parts of one character share its place.
+
+    A token that frames the prompt is not in the text that a client wrote, and takes no room; nor does the blank that
+    some tokenizers put before a text.
+    """
+    text, at = prompt.echo, 0
+    decoder = tokenizer.stream_decoder(skip_special=False)
+    for token_id in prompt.token_ids:
+        yield min(at + decoder.num_broken(token_id), len(text))
+        piece = decoder.feed(token_id)
+        if text.startswith(piece, at):
+            at += len(piece)
+        elif piece.startswith(" ") and text.startswith(piece[1:], at):
+            at += len(piece) - 1
+        elif not tokenizer.is_special(token_id):
+            at = min(at + len(piece), len(text))
 
 
 def top_of(tokenizer: Tokenizer, token_id: int, row: TokenLogprobs, num_top: int) -> dict[str, float]:

@@ -25,6 +25,7 @@ from protocol.errors import ContextTooLong, InvalidRequest
 from protocol.readout import ReadLabels
 from router.questions import YES_NO, Labels, Question
 from router.reading import ReadQuery
+from router.text_threads import TextBudget
 from router.tokenizer import Tokenizer
 
 _PLAIN_END: Final = "\nAnswer:"
@@ -57,6 +58,7 @@ class QuestionPrompts:
     def __init__(self, tokenizer: Tokenizer, max_model_len: int) -> None:
         self._tokenizer = tokenizer
         self._max_model_len = max_model_len
+        self._budget = TextBudget()
         self._frame = _frame_of(tokenizer)
         self._tail = tokenizer.encode(self._frame.after, False)
         self._ids: dict[str, int | None] = {}
@@ -103,6 +105,7 @@ class QuestionPrompts:
             raise ContextTooLong(
                 f"{param}: {len(text)} characters exceed the context of {self._max_model_len} tokens", param
             )
+        self._budget.spend(len(text), param)
         return self._tokenizer.encode(text, adds_special)
 
     # --- labels ---

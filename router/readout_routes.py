@@ -7,7 +7,7 @@ the client's kind of API has. A client that leaves cancels its handler, and with
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from typing import Any, Final, TypeVar
 
@@ -15,10 +15,12 @@ import msgspec
 from aiohttp import web
 
 from router import decisions, scoring, systemone
+from router.answers import AnswerWriter
 from router.api import parse
 from router.core import Core
 from router.deciding import Inquiry, Verdict, decide
 from router.decisions import DecisionsRequest
+from router.generated import shaped
 from router.scoring import RerankRequest, ScoreRequest
 from router.systemone import SystemOneRequest
 
@@ -33,6 +35,7 @@ class ReadoutRoutes:
 
     Args:
         core: admits and carries out.
+        writer: of answers.
         model: the name that is reported where a client gives none.
         read: reads the body of a request.
         salt: makes of a client's salt one that no other tenant has.
@@ -41,11 +44,13 @@ class ReadoutRoutes:
     def __init__(
         self,
         core: Core,
+        writer: AnswerWriter,
         model: str,
         read: Callable[[web.Request], Awaitable[bytes]],
         salt: Callable[[web.Request, str], str],
     ) -> None:
         self._core = core
+        self._writer = writer
         self._model = model
         self._read = read
         self._salt = salt
@@ -60,24 +65,24 @@ class ReadoutRoutes:
         for path in RERANK_PATHS:
             post(path, self._rerank)
 
-    async def _decisions(self, request: web.Request) -> web.Response:
-        return await self._answer(request, DecisionsRequest, decisions.inquiry_of, decisions.answer)
+    async def _decisions(self, request: web.Request) -> web.StreamResponse:
+        return await self._answer(request, DecisionsRequest, decisions.inquiry_of, decisions.parts)
 
-    async def _system_one(self, request: web.Request) -> web.Response:
-        def shape(asked: SystemOneRequest, verdict: Verdict) -> bytes:
-            return systemone.answer(asked, verdict, self._model)
+    async def _system_one(self, request: web.Request) -> web.StreamResponse:
+        def shape(asked: SystemOneRequest, verdict: Verdict) -> Iterator[bytes]:
+            return systemone.parts(asked, verdict, self._model)
 
         return await self._answer(request, SystemOneRequest, systemone.inquiry_of, shape)
 
-    async def _score(self, request: web.Request) -> web.Response:
-        def shape(asked: ScoreRequest, verdict: Verdict) -> bytes:
-            return scoring.scores(asked, verdict, self._model)
+    async def _score(self, request: web.Request) -> web.StreamResponse:
+        def shape(asked: ScoreRequest, verdict: Verdict) -> Iterator[bytes]:
+            yield scoring.scores(asked, verdict, self._model)
 
         return await self._answer(request, ScoreRequest, scoring.inquiry_of, shape)
 
-    async def _rerank(self, request: web.Request) -> web.Response:
-        def shape(asked: RerankRequest, verdict: Verdict) -> bytes:
-            return scoring.ranking(asked, verdict, self._model)
+    async def _rerank(self, request: web.Request) -> web.StreamResponse:
+        def shape(asked: RerankRequest, verdict: Verdict) -> Iterator[bytes]:
+            yield scoring.ranking(asked, verdict, self._model)
 
         return await self._answer(request, RerankRequest, scoring.inquiry_of, shape)
 
@@ -86,8 +91,8 @@ class ReadoutRoutes:
         request: web.Request,
         kind: type[Request],
         ask: Callable[[Any], Inquiry],
-        shape: Callable[[Any, Verdict], bytes],
-    ) -> web.Response:
+        shape: Callable[[Any, Verdict], Iterator[bytes]],
+    ) -> web.StreamResponse:
         arrived_s = time.monotonic()
         body = await self._read(request)
         parsed: list[Request] = []
@@ -98,4 +103,5 @@ class ReadoutRoutes:
             return replace(inquiry, cache_salt=self._salt(request, inquiry.cache_salt))
 
         verdict = await decide(self._core, len(body), make, arrived_s)
-        return web.Response(body=shape(parsed[0], verdict), content_type="application/json")
+        with self._core.answering():
+            return await self._writer.send(request, await shaped(self._core, shape(parsed[0], verdict)))

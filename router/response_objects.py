@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, Final
 
 import msgspec
+from msgspec import Meta
 
 from router.response_request import ResponsesRequest
-from router.responses import TokenLogprob
+
+# JSON that was made before; the document has its shape from chat's.
+_TOKEN_LOGPROBS: Final = {"items": {"$ref": "#/components/schemas/TokenLogprob"}}
+AnyTokenLogprobs = Annotated[list[Any], Meta(extra_json_schema=_TOKEN_LOGPROBS)]
 
 
 class OutputText(msgspec.Struct, frozen=True, kw_only=True):
@@ -16,7 +20,7 @@ class OutputText(msgspec.Struct, frozen=True, kw_only=True):
     text: str
     type: str = "output_text"
     annotations: list[Any] = []
-    logprobs: list[TokenLogprob] = []
+    logprobs: AnyTokenLogprobs = []
 
 
 class OutputMessage(msgspec.Struct, frozen=True, kw_only=True):

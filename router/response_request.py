@@ -199,7 +199,10 @@ def _add(messages: list[ChatMessage], item: InputItem, where: str) -> None:
         call = ToolCallMessage(id=item.call_id, function=CalledFunction(name=item.name, arguments=item.arguments))
         if messages and messages[-1].role == "assistant":
             last = messages.pop()
-            messages.append(msgspec.structs.replace(last, tool_calls=[*(last.tool_calls or ()), call]))
+            calls = last.tool_calls or []
+            # The list is ours alone: there may be thousands of calls.
+            calls.append(call)
+            messages.append(msgspec.structs.replace(last, tool_calls=calls))
         else:
             messages.append(ChatMessage(role="assistant", tool_calls=[call]))
     elif item.type == "function_call_output":

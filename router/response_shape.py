@@ -14,13 +14,17 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
+
+import msgspec
 
 from protocol.errors import AnswerImpossible, RequestFailed
 from protocol.request import FinishReason
 from router.call_shapes import is_cut_by_stop, new_call_id, parser_for, said_in
 from router.intake import Job
+from router.logprob_lists import batches
 from router.logprob_shapes import chat_logprobs
 from router.prompt_logprobs import ReadPrompts
 from router.response_objects import (
@@ -34,7 +38,7 @@ from router.response_objects import (
     asked_in,
     usage_of,
 )
-from router.responses import TokenLogprob, encode_json
+from router.responses import encode_json
 from router.shape import Shape
 from router.stream import AnswerShape
 from router.text import LoggedToken, Piece
@@ -52,7 +56,7 @@ class _OpenItem:
     call_id: str = ""
     name: str | None = None
     text: list[str] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
+    logprobs: list[msgspec.Raw] = field(default_factory=list)
 
     def item(self, status: str) -> OutputItem:
         """Return what it is so far."""
@@ -87,6 +91,10 @@ class ResponseShape:
         self._num_events = 0
         self.num_output_tokens = 0
         self.num_cached_tokens = 0
+
+    def prepare(self) -> Iterator[None]:
+        """Nothing is read off prompts here."""
+        yield from ()
 
     # --- a stream ---
 
@@ -181,22 +189,27 @@ class ResponseShape:
 
     def answer(self, pieces: list[Piece]) -> bytes:
         """Return the whole answer."""
-        [piece] = pieces
-        self.num_output_tokens, self._finish_reason, self._logged = (
-            len(piece.token_ids),
-            piece.finish_reason,
-            piece.logged,
-        )
-        self._output = self._items(piece)
-        return encode_json(self._response(self._status))
+        return b"".join(self.parts(pieces))
 
-    def _items(self, piece: Piece) -> list[OutputItem]:
+    def parts(self, pieces: list[Piece]) -> Iterator[bytes]:
+        """Return the whole answer part by part; a part may be empty, and none takes long."""
+        [piece] = pieces
+        self.num_output_tokens, self._finish_reason = len(piece.token_ids), piece.finish_reason
+        num_top = self._job.choices[0].sampling.num_logprobs
+        shown: list[msgspec.Raw] = []
+        for some in batches(piece.logged) if num_top is not None else ():
+            shown += self._shown(some, num_top or 0)
+            yield b""
+        self._output = self._items(piece, shown)
+        yield encode_json(self._response(self._status))
+
+    def _items(self, piece: Piece, logprobs: list[msgspec.Raw]) -> list[OutputItem]:
         items: list[OutputItem] = []
         said = None if self._job.tools is None else said_in(self._job.tools, piece.text)
         self._is_whole = said is None or not is_cut_by_stop(said, piece)
         content = piece.text if said is None else said.content
         if content or said is None or not said.names:
-            part = OutputText(text=content, logprobs=self._take_logprobs())
+            part = OutputText(text=content, logprobs=logprobs)
             items.append(OutputMessage(id=self._item_id("msg"), status=self._status, content=[part]))
         for number, call in enumerate(said.answered() if said is not None else ()):
             name, arguments = call.function.name, call.function.arguments
@@ -245,10 +258,14 @@ class ResponseShape:
     def _item_id(self, prefix: str, number: int | None = None) -> str:
         return f"{prefix}_{self._name}_{len(self._output) if number is None else number}"
 
-    def _take_logprobs(self) -> list[TokenLogprob]:
+    def _take_logprobs(self) -> list[msgspec.Raw]:
         logged, self._logged = self._logged, []
         num_top = self._job.choices[0].sampling.num_logprobs
-        return [] if num_top is None else chat_logprobs(self._tokenizer, logged, num_top)
+        return [] if num_top is None else self._shown(logged, num_top)
+
+    def _shown(self, logged: list[LoggedToken], num_top: int) -> list[msgspec.Raw]:
+        # Made once: the events that close an item say all of it again.
+        return [msgspec.Raw(encode_json(one)) for one in chat_logprobs(self._tokenizer, logged, num_top)]
 
 
 def shape_of(job: Job, tokenizer: Tokenizer, answer_id: str | None = None, read: ReadPrompts | None = None) -> Shape:

@@ -62,6 +62,11 @@ _EITHER: Final = [{"$ref": f"#/components/schemas/{name}"} for name in ("ChatLog
 AnyLogprobs = Annotated[Any, Meta(extra_json_schema={"anyOf": [*_EITHER, {"type": "null"}]})]
 
 
+_MAPS: Final = {"anyOf": [{"type": "array", "items": {"anyOf": [{"type": "object"}, {"type": "null"}]}}]}
+# JSON that was made before, step by step.
+PromptLogprobs = Annotated[Any, Meta(extra_json_schema=_MAPS)]
+
+
 class Delta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What a chunk adds to a message."""
 
@@ -91,7 +96,7 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
     stop_reason: str | int | None = None
     token_ids: list[int] | UnsetType = UNSET
     prompt_token_ids: tuple[int, ...] | UnsetType = UNSET
-    prompt_logprobs: list[dict[str, Any] | None] | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
@@ -104,7 +109,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     choices: list[Choice]
     usage: Usage | None | UnsetType = UNSET
     prompt_token_ids: tuple[int, ...] | UnsetType = UNSET
-    prompt_logprobs: list[dict[str, Any] | None] | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):

@@ -5,8 +5,8 @@
                       └─ connection lost ─► DETACHED ── keep_s over ─► dropped        │ with Last-Event-ID
                                                └──────────────────────────────────────┘
 
-1. A client asks for it: X-Request-ID names the request, X-Resume-For says for how long it is kept after a connection is
-   lost, or after its end. Every event then carries an id: the number of output tokens up to it.
+1. A client asks for it: X-Request-ID names the request among its tenant's, X-Resume-For says for how long it is kept
+   after a connection is lost, or after its end. Every event then carries an id: the number of output tokens up to it.
 2. A task takes the session's events into a log of at most LIMIT_BYTES, and a connection reads them from there. What
    was read is dropped first. When too much is unread, generation is paused until somebody reads.
 3. Who comes back with an id and the identical body reads on after that id, and the connection before it is cut.
@@ -21,7 +21,7 @@ import hashlib
 import hmac
 import logging
 import re
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -30,8 +30,10 @@ from aiohttp import web
 
 from protocol.errors import InvalidRequest, RequestFailed
 from protocol.request import MAX_SEED
-from router.event_stream import GO_ON_BYTES, LIMIT_BYTES, PAUSE_BYTES, EventStream
+from router.event_stream import LIMIT_BYTES, PAUSE_BYTES, EventStream
+from router.outlet import GO_ON_BYTES, Unread
 from router.shape import Shape
+from router.slices import Slices
 from router.switchboard import Session
 from router.text import Piece
 
@@ -45,14 +47,21 @@ class Claim:
     """What a client says about the stream that it wants to read, now and perhaps again.
 
     Attributes:
+        tenant: whose client it is; the ids of one say nothing to another.
         after: tokens that it has.
         digest: of path and body; who cannot repeat them has no right to the stream.
     """
 
+    tenant: str
     request_id: str
     keep_s: float
     after: int
     digest: bytes
+
+    @property
+    def name(self) -> tuple[str, str]:
+        """What the stream is known by."""
+        return self.tenant, self.request_id
 
     @property
     def seed(self) -> int:
@@ -66,11 +75,14 @@ def asks_to_resume(headers: Mapping[str, str]) -> bool:
     return "X-Resume-For" in headers or "Last-Event-ID" in headers
 
 
-def claim_of(headers: Mapping[str, str], request_id: str | None, max_resume_s: float, asked: bytes) -> Claim:
+def claim_of(
+    headers: Mapping[str, str], tenant: str, request_id: str | None, max_resume_s: float, asked: bytes
+) -> Claim:
     """Read the headers that ask for a stream to be kept, or for the rest of it.
 
     Args:
         headers: of the request, by names in any case.
+        tenant: of the client.
         request_id: the client's X-Request-ID, if it is fit for a header.
         max_resume_s: the longest time that may be asked for.
         asked: path and body.
@@ -88,7 +100,7 @@ def claim_of(headers: Mapping[str, str], request_id: str | None, max_resume_s: f
     after = headers.get("Last-Event-ID", "0")
     if not _NUMBER.fullmatch(after):
         raise InvalidRequest("Last-Event-ID: must be the id of an event of this stream", "Last-Event-ID")
-    return Claim(request_id, float(keep), int(after), hashlib.blake2b(asked).digest())
+    return Claim(tenant, request_id, float(keep), int(after), hashlib.blake2b(asked).digest())
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,13 +162,14 @@ class EventLog:
 class KeptStream:
     """One stream that goes on without its client. Its task closes the session; `stop` ends it early."""
 
-    def __init__(self, claim: Claim, session: Session, shape: Shape, stall_s: float) -> None:
+    def __init__(self, claim: Claim, session: Session, shape: Shape, unread: Unread, slices: Slices) -> None:
         self.claim = claim
         self.is_over = False
         self.is_failed = False
         self._session = session
         self._shape = shape
-        self._stall_s = stall_s
+        self._unread = unread
+        self._slices = slices
         self._log = EventLog()
         self._reader: EventStream | None = None
         self._failure: RequestFailed | None = None
@@ -192,6 +205,7 @@ class KeptStream:
                     self._session.pause()
                     await self._has_room.wait()
                 self._session.go_on()
+            self._shape.num_cached_tokens = self._session.num_cached_tokens
             self._append(self._shape.closing(), has_token=False)
         except RequestFailed as error:
             log.warning("stream %s failed: %s", self._shape.answer_id, error)
@@ -237,7 +251,7 @@ class KeptStream:
         if self._reader is not None:
             log.info("stream %s: another connection takes over", self._shape.answer_id)
             self._reader.cut()
-        stream = self._reader = EventStream(request, self._shape, self._session, self._stall_s)
+        stream = self._reader = EventStream(request, self._shape, self._session, self._unread, self._slices)
         self._log.rewind()
         try:
             await self._await_news(stream)
@@ -275,17 +289,21 @@ class KeptStream:
 
 
 class KeptStreams:
-    """All kept streams of one router, by the ids that their clients chose.
+    """All kept streams of one router, by tenants and the ids that their clients chose.
 
     Args:
-        max_num_streams: finished ones beyond it are forgotten, the oldest first.
+        max_num_streams: finished ones beyond it are forgotten, the oldest of the tenant that has most: nobody's streams
+            give way to those of one that has more.
+        unread: of all connections.
+        slices: of the event loop.
     """
 
-    def __init__(self, max_num_streams: int, stall_s: float) -> None:
+    def __init__(self, max_num_streams: int, unread: Unread, slices: Slices) -> None:
         self._max_num_streams = max_num_streams
-        self._stall_s = stall_s
-        self._streams: dict[str, KeptStream] = {}
-        self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._unread = unread
+        self._slices = slices
+        self._streams: dict[tuple[str, str], KeptStream] = {}
+        self._timers: dict[tuple[str, str], asyncio.TimerHandle] = {}
 
     def __len__(self) -> int:
         return len(self._streams)
@@ -294,9 +312,9 @@ class KeptStreams:
         """Return the stream of a claim; None if it must be generated (again).
 
         Raises:
-            web.HTTPConflict: the id belongs to another request.
+            web.HTTPConflict: the id belongs to another request of this tenant.
         """
-        kept = self._streams.get(claim.request_id)
+        kept = self._streams.get(claim.name)
         if kept is None:
             return None
         if not hmac.compare_digest(kept.claim.digest, claim.digest):
@@ -309,11 +327,22 @@ class KeptStreams:
 
     def keep(self, claim: Claim, session: Session, shape: Shape) -> KeptStream:
         """Follow a session, from now on owned by what is returned."""
-        assert claim.request_id not in self._streams
-        for old in [s for s in self._streams.values() if s.is_over][: max(0, len(self) + 1 - self._max_num_streams)]:
-            self._forget(old)
-        kept = self._streams[claim.request_id] = KeptStream(claim, session, shape, self._stall_s)
+        assert claim.name not in self._streams
+        self._make_room(claim.tenant)
+        kept = self._streams[claim.name] = KeptStream(claim, session, shape, self._unread, self._slices)
         return kept
+
+    def _make_room(self, tenant: str) -> None:
+        """Forget finished streams until there is room for one more of a tenant, if enough of them are finished."""
+        num_of = Counter(name[0] for name in self._streams)
+        num_of[tenant] += 1
+        over = [kept for kept in self._streams.values() if kept.is_over]
+        for _ in range(min(len(over), len(self) + 1 - self._max_num_streams)):
+            # Of several with as many the newcomer gives way; of one tenant's the oldest.
+            old = max(over, key=lambda one: (num_of[one.claim.tenant], one.claim.tenant == tenant))
+            num_of[old.claim.tenant] -= 1
+            over.remove(old)
+            self._forget(old)
 
     async def read(self, kept: KeptStream, request: web.Request, claim: Claim) -> web.StreamResponse:
         """Answer a request with the rest of a stream; afterwards its time runs. Raises as `KeptStream.read`."""
@@ -321,7 +350,7 @@ class KeptStreams:
         try:
             return await kept.read(request, claim.after)
         finally:
-            if not kept.has_reader and self._streams.get(claim.request_id) is kept:
+            if not kept.has_reader and self._streams.get(claim.name) is kept:
                 if kept.is_failed:
                     self._forget(kept)
                 else:
@@ -340,14 +369,14 @@ class KeptStreams:
 
     def _forget(self, kept: KeptStream) -> None:
         self._stop_timer(kept)
-        self._streams.pop(kept.claim.request_id, None)
+        self._streams.pop(kept.claim.name, None)
 
     def _start_timer(self, kept: KeptStream, keep_s: float) -> None:
         self._stop_timer(kept)
-        self._timers[kept.claim.request_id] = asyncio.get_running_loop().call_later(keep_s, self._expire, kept)
+        self._timers[kept.claim.name] = asyncio.get_running_loop().call_later(keep_s, self._expire, kept)
 
     def _stop_timer(self, kept: KeptStream) -> None:
-        timer = self._timers.pop(kept.claim.request_id, None)
+        timer = self._timers.pop(kept.claim.name, None)
         if timer is not None:
             timer.cancel()
 

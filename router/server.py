@@ -4,7 +4,8 @@
 tokenised in a thread, so that no prompt holds up another's stream. 3. Nothing is written before the first event: what
 fails until then is an ordinary HTTP error. 4. A client that leaves cancels its handler, and that aborts on the workers,
 unless it asked for its stream to be kept (router/resumption.py). 5. A client that does not read pauses its generation,
-and is cut when it has read nothing for `client_stall_s` (router/event_stream.py).
+and is cut when it has read nothing for `client_stall_s` (router/event_stream.py). 6. What is no stream goes out by
+`AnswerWriter`, errors included: no answer waits for a reader without end (router/answers.py).
 """
 
 from __future__ import annotations
@@ -24,19 +25,20 @@ import msgspec
 from aiohttp import web
 
 from protocol.errors import InvalidRequest, NotReady, Overloaded, RequestFailed, RequestRejected, Unauthorized
-from protocol.request import FinishReason
 from protocol.wire import Role
 from router.access import Access
 from router.access_log import AccessLog, current
+from router.answers import AnswerWriter
 from router.api import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, parse
 from router.config import RouterConfig
 from router.core import Core
 from router.doorway import REQUEST_ID, TENANT, Origins, keys_needed, recorded
 from router.embeddings import EmbeddingRoutes
 from router.endpoints import ENDPOINTS, document
-from router.event_stream import EventStream
+from router.generated import GeneratedAnswers
 from router.intake import Job
 from router.metrics import CONTENT_TYPE, Metrics
+from router.outlet import Unread
 from router.prompt_logprobs import read_prompts
 from router.readout_routes import ReadoutRoutes
 from router.response_request import ResponsesRequest
@@ -54,9 +56,7 @@ from router.responses import (
     error_body,
 )
 from router.resumption import Claim, KeptStreams, asks_to_resume, claim_of
-from router.shape import Shape
-from router.switchboard import Session, Switchboard
-from router.text import Piece
+from router.switchboard import Switchboard
 
 log = logging.getLogger(__name__)
 
@@ -79,12 +79,20 @@ class HttpServer:
         self._started_s = int(time.time())
         self._access = Access(config.api_keys, config.api_key_files, time.monotonic)
         self._origins = Origins(config.allowed_origins)
-        self._kept = KeptStreams(config.max_num_requests, config.client_stall_s)
+        self._unread = Unread(config.max_unread_bytes, config.client_stall_s)
+        self._writer = AnswerWriter(self._unread)
+        self._answers = GeneratedAnswers(core, self._writer, self._unread)
+        self._kept = KeptStreams(config.max_num_requests, self._unread, core.slices)
 
     def app(self) -> web.Application:
         """Return the aiohttp application for clients."""
-        log_door = recorded(AccessLog(self._config.access_log, time.monotonic))
-        doors = [log_door, errors_in_openai_shape, self._origins.answer_preflight, keys_needed(self._access)]
+        doors = [
+            recorded(AccessLog(self._config.access_log, time.monotonic)),
+            self._writer.watched,
+            errors_in_openai_shape,
+            self._origins.answer_preflight,
+            keys_needed(self._access),
+        ]
         app = web.Application(middlewares=doors, client_max_size=self._config.max_body_bytes)
         app.on_response_prepare.append(_name_response)
         app.on_response_prepare.append(self._origins.tell)
@@ -92,8 +100,9 @@ class HttpServer:
         post("/v1/chat/completions", self._chat)
         post("/v1/completions", self._complete)
         post("/v1/responses", self._respond)
-        ReadoutRoutes(self._core, self._config.served_model_names[0], self._read, self._salt).add_to(app)
-        EmbeddingRoutes(self._core, self._read, self._salt).add_to(app)
+        names = self._config.served_model_names
+        ReadoutRoutes(self._core, self._writer, names[0], self._read, self._salt).add_to(app)
+        EmbeddingRoutes(self._core, self._writer, self._read, self._salt).add_to(app)
         post("/tokenize", self._tokenize)
         post("/detokenize", self._detokenize)
         get("/v1/models", self._models)
@@ -140,13 +149,16 @@ class HttpServer:
         )
         read = await read_prompts(self._core, job, arrived_s)
         shape = shape_of(job, self._tokenizer, name, read)
+        del read
         if job.is_prompt_only:
-            return await self._prompt_alone(request, shape, job)
+            self._switchboard.check_capacity(len(job.choices))
+            with self._core.answering(len(job.choices)):
+                await self._core.slices.run(shape.prepare())
+                return await self._answers.tell_prompts(request, job, shape)
         session = self._core.open(job, arrived_s)
         try:
-            if job.is_stream:
-                return await self._stream(request, session, shape)
-            return await self._whole(session, shape)
+            await self._core.slices.run(shape.prepare())
+            return await self._answers.tell(request, session, shape)
         finally:
             session.close()
 
@@ -154,7 +166,7 @@ class HttpServer:
         """Answer with a stream that outlives its connection: a new one, or the rest of one that is kept."""
         body = await self._read(request)
         asked = f"{request.path}\n{request[TENANT]}\n".encode() + body
-        claim = claim_of(request.headers, _request_id(request), self._config.max_resume_s, asked)
+        claim = claim_of(request.headers, request[TENANT], _request_id(request), self._config.max_resume_s, asked)
         kept = self._kept.find(claim)
         if kept is not None:
             current().dismiss()  # who reads on adds nothing to the record of the stream
@@ -195,75 +207,30 @@ class HttpServer:
     def _salt(self, request: web.Request, cache_salt: str) -> str:
         return self._access.salt(request[TENANT], cache_salt)
 
-    async def _prompt_alone(self, request: web.Request, shape: Shape, job: Job) -> web.StreamResponse:
-        """Answer where nothing is generated: a prompt echoed, or told about."""
-        ended = Piece(finish_reason=FinishReason.LENGTH)
-        if not job.is_stream:
-            return _json(shape.answer([ended for _ in job.choices]))
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
-        await response.prepare(request)
-        for choice in job.choices:
-            await response.write(shape.chunk(choice.index, Piece(finish_reason=FinishReason.LENGTH)))
-        await response.write(shape.closing())
-        await response.write_eof()
-        return response
-
-    async def _whole(self, session: Session, shape: Shape) -> web.StreamResponse:
-        choices = [Piece() for _ in session.job.choices]
-        while events := await session.events():
-            for index, piece in events:
-                choices[index].add(piece)
-        shape.num_cached_tokens = session.num_cached_tokens
-        return _json(shape.answer(choices))
-
-    async def _stream(self, request: web.Request, session: Session, shape: Shape) -> web.StreamResponse:
-        events = await session.events()
-        stream = EventStream(request, shape, session, self._config.client_stall_s)
-        await stream.begin()
-        try:
-            await self._follow(session, stream, shape, events)
-        except (ConnectionError, TimeoutError) as error:
-            log.info("stream %s: connection ended: %s", shape.answer_id, error)
-            stream.cut()
-        return stream.response
-
-    async def _follow(
-        self, session: Session, stream: EventStream, shape: Shape, events: list[tuple[int, Piece]]
-    ) -> None:
-        """Write events until the last one has been read; generation waits for a client that does not read."""
-        try:
-            while events:
-                shape.num_cached_tokens = session.num_cached_tokens
-                await stream.write(events)
-                events = await session.events(stream.offer)
-            await stream.finish(shape.closing())
-        except RequestFailed as error:
-            log.warning("stream %s failed: %s", shape.answer_id, error)
-            await stream.finish(shape.failure(error))
-
     # --- text ---
 
     async def _tokenize(self, request: web.Request) -> web.Response:
         body, max_model_len = await self._read(request), self._core.max_model_len()
 
-        def work() -> tuple[list[int], bool]:
+        def work() -> bytes:
             parsed = parse(body, TokenizeRequest)
-            return self._intake.tokenize(parsed, max_model_len), bool(parsed.return_token_strs)
+            tokens = self._intake.tokenize(parsed, max_model_len)
+            strings = [self._tokenizer.token_text(i) for i in tokens] if parsed.return_token_strs else None
+            found = TokenizeAnswer(count=len(tokens), max_model_len=max_model_len, tokens=tokens, token_strs=strings)
+            return encode_json(found)
 
-        tokens, with_strings = await self._core.off_loop(len(body), work)
-        strings = [self._tokenizer.token_text(token_id) for token_id in tokens] if with_strings else None
-        found = TokenizeAnswer(count=len(tokens), max_model_len=max_model_len, tokens=tokens, token_strs=strings)
-        return _json(encode_json(found))
+        return _json(await self._core.off_loop(len(body), work))
 
     async def _detokenize(self, request: web.Request) -> web.Response:
         body = await self._read(request)
 
-        def work() -> str:
+        def work() -> bytes:
             parsed = parse(body, DetokenizeRequest)
             self._intake.check_model(parsed.model)
-            return self._tokenizer.decode(self._intake.known_tokens(parsed.tokens), skip_special=False)
+            text = self._tokenizer.decode(self._intake.known_tokens(parsed.tokens), skip_special=False)
+            return encode_json(DetokenizeAnswer(prompt=text))
 
-        return _json(encode_json(DetokenizeAnswer(prompt=await self._core.off_loop(len(body), work))))
+        return _json(await self._core.off_loop(len(body), work))
 
     # --- about the server ---
 

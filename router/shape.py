@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Protocol
 
 from protocol.errors import RequestFailed
@@ -14,14 +15,15 @@ class Shape(Protocol):
     Attributes:
         answer_id: what the answer is called.
         num_cached_tokens: prompt tokens whose KV was there already; set before an answer is closed.
+        num_output_tokens: tokens so far, of all choices.
     """
 
     answer_id: str
     num_cached_tokens: int
+    num_output_tokens: int
 
-    @property
-    def num_output_tokens(self) -> int:
-        """Tokens so far, of all choices."""
+    def prepare(self) -> Iterator[None]:
+        """Shape what the answer begins with, if that is much, step by step; before anything else."""
         ...
 
     def chunk(self, index: int, piece: Piece) -> bytes:
@@ -38,4 +40,8 @@ class Shape(Protocol):
 
     def answer(self, pieces: list[Piece]) -> bytes:
         """Return the whole answer; `pieces` holds each choice whole."""
+        ...
+
+    def parts(self, pieces: list[Piece]) -> Iterator[bytes]:
+        """Give the whole answer part by part; a part may be empty, and none takes long."""
         ...

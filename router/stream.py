@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -22,8 +23,9 @@ from protocol.errors import RequestFailed
 from router.call_shapes import delta_of, ends_in_calls, parser_for, said_in
 from router.intake import Choice as JobChoice
 from router.intake import Job, PromptTokens
+from router.logprob_lists import LogprobLists, batches, raw_items, raw_list
 from router.logprob_shapes import chat_logprobs, finite
-from router.prompt_logprobs import ReadPrompts, by_token_id, echoed, followed_by, plain_token, top_of
+from router.prompt_logprobs import ReadPrompts, by_token_id, echo_steps, plain_token, top_of
 from router.responses import (
     Answer,
     AnswerMessage,
@@ -37,7 +39,7 @@ from router.responses import (
     encode_json,
     usage_of,
 )
-from router.text import Piece
+from router.text import LoggedToken, Piece
 from router.tokenizer import Tokenizer
 from router.tool_calls import Content
 
@@ -52,8 +54,17 @@ class _Progress:
     pending: Piece = field(default_factory=Piece)
     has_begun: bool = False
     frame: tuple[bytes, bytes] | None = None
-    num_tokens: int = 0
-    num_logged_chars: int = 0
+    num_chars: int = 0
+
+    def take(self, holds_logged: bool) -> Piece:
+        """Return what waits; log probabilities of text that is held back go on waiting, for it may be cut off."""
+        piece, self.pending = self.pending, Piece()
+        self.num_chars += len(piece.text)
+        if holds_logged and piece.finish_reason is None and piece.logged:
+            certain = [one for one in piece.logged if one.offset <= self.num_chars]
+            self.pending.logged = piece.logged[len(certain) :]
+            piece.logged = certain
+        return piece
 
 
 class AnswerShape:
@@ -76,25 +87,39 @@ class AnswerShape:
         self._kind = "chat.completion" if job.is_chat else "text_completion"
         self._progress = [_Progress() for _ in job.choices]
         self._parsers = [] if job.tools is None else [parser_for(job.tools) for _ in job.choices]
+        self._num_prompt_tokens = sum(len(prompt.token_ids) for prompt in job.prompts)
+        self._echoed: dict[int, LogprobLists] = {}
+        self._shown: dict[int, msgspec.Raw] = {}
+        self._has_read = read is not None
         self.num_cached_tokens = 0
+        self.num_output_tokens = 0
 
-    @property
-    def num_output_tokens(self) -> int:
-        """Tokens so far, of all choices."""
-        return sum(progress.num_tokens for progress in self._progress)
+    def prepare(self) -> Iterator[None]:
+        """Shape what was read off the prompts, step by step; before anything else, where anything was read."""
+        read, self._read, job = self._read, None, self._job
+        if read is None:
+            return
+        num_top = job.choices[0].sampling.num_logprobs
+        for prompt in job.prompts:
+            if prompt.is_echoed and num_top is not None and not job.is_chat:
+                lists = self._echoed[id(prompt)] = LogprobLists()
+                yield from echo_steps(self._tokenizer, prompt, read.of(prompt), num_top, lists)
+            if job.num_shown_top is not None:
+                shown: list[bytes] = []
+                yield from by_token_id(self._tokenizer, prompt, read.of(prompt), job.num_shown_top, shown)
+                self._shown[id(prompt)] = raw_list(shown)
 
     @property
     def usage(self) -> Usage:
         """Tokens so far; a prompt counts once, however many choices it has."""
-        num_prompt_tokens = sum(len(prompt.token_ids) for prompt in self._job.prompts)
         # What generation finds cached of a prompt that was read, this very request has computed.
-        num_cached_tokens = self.num_cached_tokens if self._read is None else 0
-        return usage_of(num_prompt_tokens, self.num_output_tokens, num_cached_tokens)
+        num_cached_tokens = 0 if self._has_read else self.num_cached_tokens
+        return usage_of(self._num_prompt_tokens, self.num_output_tokens, num_cached_tokens)
 
     def chunk(self, index: int, piece: Piece) -> bytes:
         """Return the event for a piece of a choice; empty while there is no text to show for it."""
         progress = self._progress[index]
-        progress.num_tokens += len(piece.token_ids)
+        self.num_output_tokens += len(piece.token_ids)
         if self._parsers:
             return self._chunk_with_calls(index, piece, progress)
         if progress.frame is not None and piece.finish_reason is None:
@@ -103,7 +128,7 @@ class AnswerShape:
         progress.pending.add(piece)
         if not progress.pending.text and piece.finish_reason is None:
             return b""
-        piece, progress.pending = progress.pending, Piece()
+        piece = progress.take(holds_logged=not self._job.is_chat)
         is_first, progress.has_begun = not progress.has_begun, True
         data = self._event(index, piece, is_first)
         if is_first and self._is_plain and piece.finish_reason is None:
@@ -188,28 +213,46 @@ class AnswerShape:
 
     def answer(self, pieces: list[Piece]) -> bytes:
         """Return the whole answer; `pieces` holds each choice whole."""
-        for progress, piece in zip(self._progress, pieces, strict=True):
-            progress.num_tokens = len(piece.token_ids)
+        return b"".join(self.parts(pieces))
+
+    def parts(self, pieces: list[Piece]) -> Iterator[bytes]:
+        """Give the whole answer part by part; a part may be empty, and none takes long."""
+        for _ in self.prepare():
+            yield b""
+        self.num_output_tokens = sum(len(piece.token_ids) for piece in pieces)
         has_prompt = self._job.is_chat and self._job.returns_token_ids
-        return encode_json(
-            Answer(
-                id=self.answer_id,
-                object=self._kind,
-                created=self._created,
-                model=self._job.model,
-                choices=[self._choice(i, piece, True, is_chunk=False) for i, piece in enumerate(pieces)],
-                usage=self.usage,
-                prompt_token_ids=self._job.prompts[0].token_ids if has_prompt else UNSET,
-                prompt_logprobs=self._prompt_logprobs(self._job.prompts[0]) if self._job.is_chat else UNSET,
-            )
+        answer = Answer(
+            id=self.answer_id,
+            object=self._kind,
+            created=self._created,
+            model=self._job.model,
+            choices=[],
+            usage=self.usage,
+            prompt_token_ids=self._job.prompts[0].token_ids if has_prompt else UNSET,
+            prompt_logprobs=self._prompt_logprobs(self._job.prompts[0]) if self._job.is_chat else UNSET,
         )
+        # What clients wrote stands in strings, in which its quotes are escaped.
+        before, _, after = encode_json(answer).partition(b'"choices":[]')
+        yield before + b'"choices":['
+        for index, piece in enumerate(pieces):
+            self._progress[index].num_chars = len(piece.text)
+            logprobs = yield from self._logprob_steps(self._job.choices[index], piece)
+            choice = self._choice(index, piece, True, is_chunk=False, logprobs=logprobs)
+            yield (b"," if index else b"") + encode_json(choice)
+        yield b"]" + after
 
-    def _prompt_logprobs(self, prompt: PromptTokens) -> list[dict[str, Any] | None] | UnsetType:
-        if self._read is None or self._job.num_shown_top is None:
-            return UNSET
-        return by_token_id(self._tokenizer, prompt, self._read.of(prompt), self._job.num_shown_top)
+    def _prompt_logprobs(self, prompt: PromptTokens) -> msgspec.Raw | UnsetType:
+        return self._shown.get(id(prompt), UNSET)
 
-    def _choice(self, index: int, piece: Piece, is_first: bool, is_chunk: bool, delta: Delta | None = None) -> Choice:
+    def _choice(
+        self,
+        index: int,
+        piece: Piece,
+        is_first: bool,
+        is_chunk: bool,
+        delta: Delta | None = None,
+        logprobs: Logprobs | msgspec.Raw | None = None,
+    ) -> Choice:
         job, choice = self._job, self._job.choices[index]
         shown: dict[str, Any] = {}
         is_call = bool(self._parsers) and ends_in_calls(self._parsers[index], piece)
@@ -233,7 +276,7 @@ class AnswerShape:
             shown["message"] = AnswerMessage(content=piece.text)
         return Choice(
             index=index,
-            logprobs=self._logprobs(choice, piece, is_first),
+            logprobs=self._logprobs(choice, piece, is_first) if is_chunk else logprobs,
             finish_reason="tool_calls" if is_call else piece.finish_reason,
             stop_reason=piece.stop_reason,
             token_ids=piece.token_ids if job.returns_token_ids else UNSET,
@@ -242,28 +285,52 @@ class AnswerShape:
 
     # --- log probabilities ---
 
-    def _logprobs(self, choice: JobChoice, piece: Piece, is_first: bool) -> Logprobs | None:
-        if choice.sampling.num_logprobs is None:
+    def _logprobs(self, choice: JobChoice, piece: Piece, is_first: bool) -> Logprobs | msgspec.Raw | None:
+        """Return those of a chunk: of few tokens, but for the prompt's, which are made."""
+        if (num_top := choice.sampling.num_logprobs) is None:
             return None
-        num_top = choice.sampling.num_logprobs
         if self._job.is_chat:
             return ChatLogprobs(content=chat_logprobs(self._tokenizer, piece.logged, num_top))
-        progress = self._progress[choice.index]
-        offsets, tokens = [], []
-        for logged in piece.logged:
-            text = self._tokenizer.token_text(logged.token_id)
-            offsets.append(len(choice.prompt.echo) + progress.num_logged_chars)
-            tokens.append(plain_token(self._tokenizer, logged.token_id))
-            progress.num_logged_chars += len(text)
-        own = CompletionLogprobs(
-            text_offset=offsets,
-            token_logprobs=[finite(logged.logprobs.logprob) for logged in piece.logged],
-            tokens=tokens,
-            top_logprobs=[top_of(self._tokenizer, one.token_id, one.logprobs, num_top) for one in piece.logged],
+        echoed = self._echoed.get(id(choice.prompt)) if is_first else None
+        if echoed is not None:
+            own = LogprobLists()
+            self._add(own, choice, piece.logged)
+            return own.raw(echoed)
+        offsets, logprobs, tokens, top = self._lists_of(choice, piece.logged)
+        return CompletionLogprobs(text_offset=offsets, token_logprobs=logprobs, tokens=tokens, top_logprobs=top)
+
+    def _logprob_steps(self, choice: JobChoice, piece: Piece) -> Generator[bytes, None, msgspec.Raw | None]:
+        """Return those of a whole choice, made a few tokens a step."""
+        if (num_top := choice.sampling.num_logprobs) is None:
+            return None
+        lists, content = LogprobLists(), []
+        for some in batches(piece.logged):
+            if self._job.is_chat:
+                content.append(raw_items(chat_logprobs(self._tokenizer, some, num_top)))
+            else:
+                self._add(lists, choice, some)
+            yield b""
+        if self._job.is_chat:
+            return msgspec.Raw(encode_json({"content": raw_list(content)}))
+        echoed = self._echoed.get(id(choice.prompt))
+        return lists.raw() if echoed is None else lists.raw(echoed)
+
+    def _add(self, lists: LogprobLists, choice: JobChoice, logged: list[LoggedToken]) -> None:
+        if logged:
+            lists.add(*self._lists_of(choice, logged))
+
+    def _lists_of(
+        self, choice: JobChoice, logged: list[LoggedToken]
+    ) -> tuple[list[int], list[float | None], list[str], list[dict[str, float] | None]]:
+        tokenizer, num_top = self._tokenizer, choice.sampling.num_logprobs or 0
+        # What a stop string cut off is reported, and begins nowhere behind the end.
+        num_echoed, num_chars = len(choice.prompt.echo), self._progress[choice.index].num_chars
+        return (
+            [num_echoed + min(one.offset, num_chars) for one in logged],
+            [finite(one.logprobs.logprob) for one in logged],
+            [plain_token(tokenizer, one.token_id) for one in logged],
+            [top_of(tokenizer, one.token_id, one.logprobs, num_top) for one in logged],
         )
-        if self._read is None or not is_first or not choice.prompt.is_echoed:
-            return own
-        return followed_by(echoed(self._tokenizer, choice.prompt, self._read.of(choice.prompt), num_top), own)
 
 
 def event(value: Any) -> bytes:

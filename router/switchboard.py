@@ -18,7 +18,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from protocol.channel import Conversation
 from protocol.errors import AnswerImpossible, NotReady, RequestFailed
@@ -209,6 +210,7 @@ class Switchboard:
         self._todo: deque[Instruction] = deque()
         self._is_running = False
         self._channels: dict[WorkerKey, Conversation] = {}
+        self._num_answering = 0
         self.has_started = asyncio.Event()
         self.idle = asyncio.Event()
         self.idle.set()
@@ -223,8 +225,8 @@ class Switchboard:
 
     @property
     def num_requests(self) -> int:
-        """Unfinished choices and readouts."""
-        return len(self._runs) + self._readers.num_unread
+        """Unfinished choices and readouts, and answers that are being written."""
+        return len(self._runs) + self._readers.num_unread + self._num_answering
 
     def check_capacity(self, num_choices: int = 1, is_readout: bool = False, admitting: Shares | None = None) -> int:
         """Return the context length, or refuse before any work is done. Readouts wait only for each other.
@@ -287,6 +289,18 @@ class Switchboard:
         num_tokens, cost = len(submission.prompt), self.dispatch.cost_of(submission.request_id)
         self._admission.reading_pace.begin(submission.request_id, num_tokens, now_s, submission.client, cost)
         self._run(instructions)
+
+    @contextmanager
+    def answering(self, num_places: int = 1) -> Iterator[None]:
+        """Hold places for an answer until its client has it."""
+        self._num_answering += num_places
+        self.idle.clear()
+        try:
+            yield
+        finally:
+            self._num_answering -= num_places
+            if not self.num_requests:
+                self.idle.set()
 
     def _due_s(self, num_prompt_tokens: int) -> float:
         return self._config.ttft_slo_s + num_prompt_tokens * self._config.ttft_slo_per_token_s

@@ -9,6 +9,7 @@ State, instructions and descriptions may be text or JSON. `option_mass` is ours:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import msgspec
@@ -75,13 +76,14 @@ def inquiry_of(request: SystemOneRequest) -> Inquiry:
     return Inquiry(request.model, (AskedState(_words(request.state), asked, "state"),), request.cache_salt or "")
 
 
-def answer(request: SystemOneRequest, verdict: Verdict, model: str) -> bytes:
-    """Return the body of the response; `model` is the name that is served."""
-    pairs = zip(request.questions.items(), verdict.answers, strict=True)
-    return encode_json(
+def parts(request: SystemOneRequest, verdict: Verdict, model: str) -> Iterator[bytes]:
+    """Give the body of the response, an answer at a time; `model` is the name that is served."""
+    yield b'{"answers":{'
+    for place, ((name, question), found) in enumerate(zip(request.questions.items(), verdict.answers, strict=True)):
+        yield (b"," if place else b"") + encode_json({name: _answer(question, found)})[1:-1]
+    rest = encode_json(
         {
             "model": request.model or model,
-            "answers": {name: _answer(question, found) for (name, question), found in pairs},
             "usage": {
                 "input_tokens": verdict.usage.num_input_tokens,
                 "input_tokens_details": {"cached_tokens": verdict.usage.num_cached_tokens},
@@ -90,6 +92,7 @@ def answer(request: SystemOneRequest, verdict: Verdict, model: str) -> bytes:
             },
         }
     )
+    yield b"}," + rest[1:]
 
 
 def _answer(question: Noul | Choice | Score, found: Distribution) -> dict[str, Any]:

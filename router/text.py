@@ -34,10 +34,16 @@ class TextOptions:
 
 @dataclass(frozen=True, slots=True)
 class LoggedToken:
-    """A token with its log probabilities, to be reported."""
+    """A token with its log probabilities, to be reported.
+
+    Attributes:
+        offset: where its text begins in that of its choice, before a stop string is cut off; parts of one character
+            share its place, and what is left out takes no room.
+    """
 
     token_id: int
     logprobs: TokenLogprobs
+    offset: int = 0
 
 
 @dataclass(slots=True)
@@ -56,6 +62,27 @@ class Piece:
         self.token_ids += other.token_ids
         self.logged += other.logged
         self.finish_reason, self.stop_reason = other.finish_reason, other.stop_reason
+
+
+class Whole:
+    """One choice as it becomes whole: text is joined once, not for each token."""
+
+    def __init__(self) -> None:
+        self._texts: list[str] = []
+        self._piece = Piece()
+
+    def add(self, piece: Piece) -> None:
+        """Append what follows."""
+        whole = self._piece
+        self._texts.append(piece.text)
+        whole.token_ids += piece.token_ids
+        whole.logged += piece.logged
+        whole.finish_reason, whole.stop_reason = piece.finish_reason, piece.stop_reason
+
+    def piece(self) -> Piece:
+        """Return all of it in one."""
+        self._piece.text = "".join(self._texts)
+        return self._piece
 
 
 class StopMatcher:
@@ -107,6 +134,7 @@ class ChoiceText:
         self._options = options
         self._has_stops = bool(options.stops)
         self._ending_ids = options.stop_token_ids | frozenset(tokenizer.eos_token_ids)
+        self._num_chars = 0
         self.num_tokens = 0
         self.is_over = False
 
@@ -118,11 +146,13 @@ class ChoiceText:
             return Piece(self._decoder.feed(row.token_id), [row.token_id])
         piece = Piece(token_ids=[row.token_id])
         if row.logprobs is not None:
-            piece.logged.append(LoggedToken(row.token_id, row.logprobs))
+            offset = self._num_chars + self._decoder.num_broken(row.token_id)
+            piece.logged.append(LoggedToken(row.token_id, row.logprobs, offset))
         # One whose grammar is complete ends with a token of its text.
         ends_by_token = row.finish_reason is FinishReason.STOP and row.token_id in self._ending_ids
         if not ends_by_token or self._options.include_stop:
             text = self._decoder.feed(row.token_id)
+            self._num_chars += len(text)
             piece.text = self._matcher.feed(text) if self.num_tokens > self._options.min_tokens else text
         if self._matcher.matched is not None:
             piece.finish_reason, piece.stop_reason = FinishReason.STOP, self._matcher.matched

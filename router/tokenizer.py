@@ -104,6 +104,10 @@ class Tokenizer:
         """Return a token as text for reports, parts of characters as U+FFFD."""
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
+    def is_special(self, token_id: int) -> bool:
+        """Whether a token is markup of the model, and no text."""
+        return token_id in self._special_ids
+
     def is_known(self, token_id: int) -> bool:
         """Whether the id is in the vocabulary."""
         return 0 <= token_id < self.vocab_size
@@ -148,6 +152,14 @@ class StreamDecoder:
         text = self._utf8.decode(self._tokenizer.token_bytes(token_id, self._skip_special))
         self._is_inside = bool(self._utf8.getstate()[0])
         return text
+
+    def num_broken(self, token_id: int) -> int:
+        """Return how many characters come before this token, if it is fed next, that were begun and do not go on."""
+        if not self._is_inside:
+            return 0
+        data = self._tokenizer.token_bytes(token_id, self._skip_special)
+        # A byte that continues a character has 10 as its highest bits.
+        return 1 if data and data[0] & 0xC0 != 0x80 else 0
 
     def flush(self) -> str:
         """Return what is left at the end of the sequence: U+FFFD if it ends within a character."""

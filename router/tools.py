@@ -216,21 +216,25 @@ def with_default_prompt(messages: Sequence[dict[str, Any]], use: ToolUse | None)
         use: what may be called now; None leaves the system message alone.
     """
     plain: list[dict[str, Any]] = []
+    responses: list[str] | None = None
     for message in messages:
         if message["role"] == "tool":
             text = f"<tool_response>\n{message['content']}\n</tool_response>"
-            if plain and plain[-1].get("is_response"):
-                plain[-1]["content"] += "\n" + text
-            else:
-                plain.append({"role": "user", "content": text, "is_response": True})
-        elif "tool_calls" in message:
+            if responses is None:
+                responses = []
+                plain.append({"role": "user", "content": responses})
+            responses.append(text)
+            continue
+        responses = None
+        if "tool_calls" in message:
             calls = [_written(call["function"]) for call in message["tool_calls"]]
             said = [message["content"]] if message["content"] else []
             plain.append({"role": message["role"], "content": "\n".join([*said, *calls])})
         else:
             plain.append(dict(message))
     for message in plain:
-        message.pop("is_response", None)
+        if isinstance(message["content"], list):
+            message["content"] = "\n".join(message["content"])
     return plain if use is None else _with_system(plain, _default_prompt(use))
 
 

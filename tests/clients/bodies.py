@@ -319,7 +319,31 @@ def large() -> list[Sent]:
         Sent("1e6 stops", CHAT, stops),
         Sent("10 MB prompt", COMPLETIONS, prompt),
         Sent("17 MB", CHAT, b" " * (17 << 20)),
+        *(Sent(name, path, data) for name, path, data in _dear()),
     ]
+
+
+def _dear() -> Iterator[tuple[str, str, bytes]]:
+    """Give bodies that are dear to look at, or would be to answer."""
+    names = ",".join(f'"{i:x}":0' for i in range(30_000))
+    for where in ("metadata", "logit_bias", "chat_template_kwargs", "x"):
+        yield f"a name twice in {where}", CHAT, _chat()[:-1] + f', "{where}": {{{names}, "752f": 0}}}}'.encode()
+    yield "an escaped name twice", CHAT, _chat()[:-1] + f', "x": [{{{names}, "\\u0030": 0}}]}}'.encode()
+    yield "1e6 lists", CHAT, _chat()[:-1] + b', "x": [' + b"[]," * 1_000_000 + b"0]}"
+    yield "1e6 objects", CHAT, _chat(tools=[{"type": "function", "function": {"name": "a", "parameters": {"x": 0}}}]
+                                     ).replace(b'"x": 0', b'"x": [' + b"{}," * 1_000_000 + b"0]")  # fmt: skip
+    yield (
+        "1e6 names",
+        COMPLETIONS,
+        b'{"model": "smollm2", "prompt": "x", "logit_bias": {' + b'"a":0,' * 10**6 + b'"b":0}}',
+    )
+    prompts = {"model": MODEL, "prompt": ["1" * 60_000] * 128, "max_tokens": 1, "truncate_prompt_tokens": 9}
+    yield "texts of 8 MB", COMPLETIONS, json.dumps(prompts).encode()
+    wide = {"n": 128, "max_tokens": 4000}
+    yield "a wide answer", CHAT, _chat(logprobs=True, top_logprobs=20, **wide)
+    yield "a wide completion", COMPLETIONS, json.dumps({"model": MODEL, "prompt": "x", "logprobs": 20, **wide}).encode()
+    echo = {"model": MODEL, "prompt": ["x " * 4000] * 32, "max_tokens": 0, "echo": True, "logprobs": 20}
+    yield "a wide echo", COMPLETIONS, json.dumps(echo).encode()
 
 
 def _head(*lines: str, path: str = CHAT) -> bytes:

@@ -101,7 +101,7 @@ class Siege:
             # Blocks that are written for the first time are no leak.
             filling = {"model": MODEL, "prompt": [first + i % 50 for i in range(POOL_TOKENS)], "max_tokens": 2}
             await self._send(Sent("filling", COMPLETIONS, json.dumps(filling).encode(), is_surely_bad=False))
-        for sent in (damaged(self._dice) for _ in range(min(200, number))):
+        for sent in (*large(), *(damaged(self._dice) for _ in range(min(200, number)))):
             await self._send(sent)  # memory that the first requests of any kind need is no leak
         children, before = self._server.children(), self._memory()
         beside = asyncio.create_task(self._stream_beside(peace))

@@ -5,6 +5,7 @@
     rounds       many faults in little time under a closed loop: kills and stops of workers
     phases       prefill workers killed in compute, mid-transfer, after COMMIT
     disconnects  clients that leave in every phase
+    unread       clients that do not read what they asked for
     rolling      every worker ended by SIGTERM in turn, again and again
     bits         one bit of every piece of KV flipped on its way
     overload     five times the load that the server can carry
@@ -33,7 +34,19 @@ from typing import Any
 import aiohttp
 
 from tests.e2e.server import Server, serving
-from tests.faults import bits, burst, campaign, disconnects, everything, grammars, overload, rolling, soak, trials
+from tests.faults import (
+    bits,
+    burst,
+    campaign,
+    disconnects,
+    everything,
+    grammars,
+    overload,
+    rolling,
+    soak,
+    trials,
+    unread,
+)
 from tests.faults.ledger import Ledger, Request
 from tests.faults.load import Oracles, bound, draw_pool, percentile
 from tests.faults.mutated import mutations
@@ -42,7 +55,10 @@ from tests.faults.phases import PHASES, Cluster, PhaseKills
 Result = tuple[Any, str, bool]
 """What is written as JSON, what is printed, whether anything was wrong."""
 
-COMMANDS = ("trials", "rounds", "phases", "disconnects", "rolling", "bits", "overload", "burst", "grammars", "soak")
+COMMANDS = (
+    *("trials", "rounds", "phases", "disconnects", "unread", "rolling", "bits", "overload", "burst", "grammars"),
+    "soak",
+)
 # A pool of which every block has been written soon: its first touch is no leak.
 SMALL_POOL = {"disconnects": 600, "soak": 256}
 SESSION_BUDGET = aiohttp.ClientTimeout(total=240.0)
@@ -113,6 +129,11 @@ class Run:
     async def disconnects(self) -> Result:
         """Clients that leave."""
         report = await disconnects.run(self.cluster, self.ledger, self.args.seed, self.args.number, tell)
+        return asdict(report), report.summary(), bool(report.faults)
+
+    async def unread(self) -> Result:
+        """Clients that do not read."""
+        report = await unread.run(self.cluster, self.ledger, self.args.seed, self.args.number, tell)
         return asdict(report), report.summary(), bool(report.faults)
 
     async def rolling(self) -> Result:
@@ -211,7 +232,7 @@ def parser() -> argparse.ArgumentParser:
     rounds.add_argument("--kinds", nargs="+", choices=campaign.ROUND_KINDS, default=list(campaign.KILL_KINDS))
     choices["overload"].add_argument("--seconds", type=float, default=120.0, help="of overload (120)")
     choices["grammars"].add_argument("--turns", type=int, default=10, help="in peace and beside them (10)")
-    for name, number in (("disconnects", 1000), ("rolling", 200), ("bits", 1000), ("soak", 1000)):
+    for name, number in (("disconnects", 1000), ("unread", 400), ("rolling", 200), ("bits", 1000), ("soak", 1000)):
         choices[name].add_argument("number", nargs="?", type=int, default=number, help=f"requests ({number})")
     choices["burst"].add_argument("number", nargs="?", type=int, default=4, help="bursts (4)")
     everything.add_arguments(commands.add_parser("all", help="every campaign, scaled by --trials"))
@@ -247,6 +268,8 @@ def perform(words: Sequence[str]) -> tuple[str, bool]:
         more.append(f"--max-wait-s={overload.MAX_WAIT_S}")
     if args.command == "burst":
         more.append(f"--max-wait-s={burst.MAX_WAIT_S}")
+    if args.command == "unread":
+        more.append(f"--client-stall-s={unread.STALL_S}")
     if args.command in SMALL_POOL and not any(option.startswith("num-kv-blocks") for option in args.serve):
         more.append(f"--num-kv-blocks={SMALL_POOL[args.command]}")
     options = ("--decode", str(args.decode), "--prefill", str(args.prefill), *more)

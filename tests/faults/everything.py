@@ -54,6 +54,7 @@ def plan(num_trials: int) -> list[tuple[str, list[str]]]:
         ("other-kills", rounds(share(0.1), ["both-kill", "replacement-kill"])),
         ("stops", rounds(share(0.1), campaign.STOP_KINDS)),
         ("disconnects", ["disconnects", str(share(10.0))]),
+        ("unread", ["unread", str(share(4.0))]),
         ("rolling", ["rolling", str(share(1.0))]),
         ("bits", ["bits", str(share(1.0))]),
         ("overload", ["overload", "--seconds", f"{overload_s:g}"]),

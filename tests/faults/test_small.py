@@ -12,7 +12,7 @@ import pytest
 
 from tests.e2e.client import session
 from tests.e2e.server import Server, serving
-from tests.faults import campaign, disconnects, everything, grammars, rolling
+from tests.faults import campaign, disconnects, everything, grammars, rolling, unread
 from tests.faults.__main__ import COMMANDS, parser
 from tests.faults.campaign import Round
 from tests.faults.footprints import Footprint, Sample, Watch, slope_of
@@ -39,7 +39,8 @@ def end_to_end(test: Callable[..., Any]) -> Callable[..., Any]:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("faults")
-    with serving("smollm2", folder, cache_dir, "--decode", str(NUM_DECODE), "--prefill", str(NUM_PREFILL)) as running:
+    options = ("--decode", str(NUM_DECODE), "--prefill", str(NUM_PREFILL), "--client-stall-s", f"{unread.STALL_S:g}")
+    with serving("smollm2", folder, cache_dir, *options) as running:
         yield running
 
 
@@ -68,6 +69,13 @@ async def test_streams_go_on_token_for_token_under_faults(server: Server, oracle
     assert report.faults == [], f"again by: {what}"
     assert report.num_faults >= 2 and report.num_streams > 0
     assert report.num_hits or kind.startswith("prefill"), "a fault that hits no stream shows nothing"
+
+
+@end_to_end
+async def test_clients_that_do_not_read_are_let_go_and_nobody_else_notices(server: Server) -> None:
+    report = await on_cluster(server, lambda cluster, ledger: unread.run(cluster, ledger, 2, 12, lambda _: None))
+    assert report.faults == [], "again by: python -m tests.faults unread 12 --seed 2"
+    assert report.num_streams > 0 and report.asked.total() == 12
 
 
 @end_to_end
@@ -206,7 +214,9 @@ def test_the_big_version_is_made_of_command_lines_that_exist() -> None:
     )
     assert found["prefill-kills"].trials == 300
     assert found["other-kills"].rounds * found["other-kills"].faults == 100
-    assert [found[name].number for name in ("disconnects", "rolling", "bits", "soak")] == [10000, 1000, 1000, 10000]
+    assert [found[name].number for name in ("disconnects", "unread", "rolling", "bits", "soak")] == [
+        *(10000, 4000, 1000, 1000, 10000)
+    ]
     assert found["overload"].seconds == 120.0 and found["grammars"].turns == 20
     assert {args.command for args in found.values()} == set(COMMANDS) - {"trials"}
     assert parser().parse_args(["all", "--trials", "5", "--only", "bits"]).only == ["bits"]

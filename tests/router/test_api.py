@@ -346,6 +346,20 @@ def test_bodies_that_are_no_proper_json_are_refused(intake: Intake, body: bytes)
         _admit(intake, body, ChatRequest)
 
 
+def test_what_names_tokens_is_looked_at_once_for_all_choices(intake: Intake) -> None:
+    prompts = ["a", "bc"]
+    job = complete(intake, prompt=prompts, n=64, logit_bias={"5": 1, "6": -1}, stop_token_ids=[7, 8], max_tokens=2)
+    first, last = job.choices[0].sampling, job.choices[-1].sampling
+    assert first.logit_bias is last.logit_bias and first.stop_token_ids is last.stop_token_ids
+    assert len({choice.sampling.seed for choice in job.choices}) == 128
+
+
+def test_a_conversation_that_cannot_fit_is_refused_before_it_is_rendered(intake: Intake) -> None:
+    messages = [{"role": "user", "content": "x" * 4000}] * 2000
+    with pytest.raises(ContextTooLong, match="8000000 characters"):
+        chat(intake, messages=messages)
+
+
 def test_an_unknown_model_is_not_found(intake: Intake) -> None:
     with pytest.raises(UnknownModel) as caught:
         chat(intake, model="gpt-9")

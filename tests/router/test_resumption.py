@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -298,6 +299,55 @@ async def test_finished_streams_are_forgotten_oldest_first(tokenizer: Tokenizer)
                 await prefill.first(byte_id(TEXT[0]))
                 finish(decode, reserve, 1)
             assert (await rest(await asked))[1] == TEXT[5:]
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> str:
+    """Give a file with the keys of two tenants."""
+    file = tmp_path / "keys"
+    file.write_text("ka alice\nkb bob\n")
+    return str(file)
+
+
+def owned(key: str, name: str) -> dict[str, str]:
+    """Return the headers of a tenant's client."""
+    return {**NAMED, "X-Request-ID": name, "Authorization": f"Bearer {key}"}
+
+
+async def test_the_ids_of_one_tenant_say_nothing_to_another(tokenizer: Tokenizer, keys: str) -> None:
+    async with staged(tokenizer, api_key_files=(keys,)) as stage:
+        prefill, decode = await stage.pair()
+        response, first = await begin(stage, 2, owned("ka", "job"))
+        asked = post(stage, {**owned("kb", "job"), "Last-Event-ID": "0"}, messages=[{"role": "user", "content": "b"}])
+        other = await decode.hear(Reserve)
+        assert other.transfer_id != first.transfer_id
+        await prefill.first(byte_id(TEXT[0]))
+        finish(decode, other, 1)
+        assert (await rest(await asked))[1] == TEXT, "neither refused, nor another's"
+        same = post(stage, {**owned("kb", "job"), "Last-Event-ID": "5"}, messages=[{"role": "user", "content": "b"}])
+        assert (await rest(await same))[1] == TEXT[5:]
+        clash = post(stage, owned("kb", "job"), messages=[{"role": "user", "content": "c"}])
+        async with await clash as refused:
+            assert refused.status == 409
+        response.close()
+        asked = post(stage, {**owned("ka", "job"), "Last-Event-ID": "2"})
+        finish(decode, first, 2)
+        assert (await rest(await asked))[1] == TEXT[2:]
+
+
+async def test_a_tenant_with_many_kept_streams_forgets_its_own_and_nobody_elses(
+    tokenizer: Tokenizer, keys: str
+) -> None:
+    async with staged(tokenizer, api_key_files=(keys,), max_num_requests=4) as stage:
+        prefill, decode = await stage.pair()
+        for key, name in (("ka", "1"), *(("kb", str(number)) for number in range(6))):
+            response, reserve = await begin(stage, 2, owned(key, name))
+            finish(decode, reserve, 2)
+            await rest(response)
+        for key, name in (("ka", "1"), ("kb", "5"), ("kb", "4"), ("kb", "3")):
+            asked = post(stage, {**owned(key, name), "Last-Event-ID": "5"})
+            assert (await rest(await asked))[1] == TEXT[5:], (key, name)
+        assert len(stage.router._http._kept) == 4
 
 
 async def test_a_router_that_ends_leaves_no_task_behind(tokenizer: Tokenizer) -> None:

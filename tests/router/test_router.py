@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 import openai
+import pytest
 
 from protocol.request import TokenLogprobs
 from protocol.wire import Declined, GrammarFailed, Links, Prefill, Reserve
@@ -127,6 +128,26 @@ async def test_echo_repeats_the_prompt(stage: Stage) -> None:
 
 def _logprobs(char: str) -> TokenLogprobs:
     return TokenLogprobs(-0.25, ((byte_id(char), -0.25), (0xE2 + 4, -1.5), (byte_id("z"), float("-inf"))), 1)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("late", [0.0, 0.05])
+async def test_a_stream_of_several_prompts_counts_what_was_cached_of_each(stage: Stage, n: int, late: float) -> None:
+    prefill, decode = await stage.pair(max_num_seqs=16)
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    body = {"model": "m", "prompt": ["q", "r", "s"], "n": n, "max_tokens": 2, "stream": True, "stream_options": options}
+    asked = asyncio.create_task(stage.http.post(f"{stage.url}/v1/completions", json=body))
+    for number in range(3 * n):
+        reserve = await decode.hear(Reserve)
+        await prefill.first(byte_id("a"), num_cached_tokens=16 * (1 + number // n))
+        decode.emit(reserve, [byte_id("b")], finish=LENGTH)
+        # Before, or while its handler waits for events: then its tokens go to the socket without the handler.
+        await asyncio.sleep(late)
+    async with await asked as response:
+        usages = [chunk["usage"] for chunk in (await events(response))[:-1]]
+    cached = [usage["prompt_tokens_details"]["cached_tokens"] for usage in usages]
+    assert cached[-1] == 16 + 32 + 48 and cached == sorted(cached)
+    assert usages[-1]["prompt_tokens"] == 3 and usages[-1]["completion_tokens"] == 6 * n
 
 
 async def test_logprobs_in_both_shapes(stage: Stage) -> None:
