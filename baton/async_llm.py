@@ -4,7 +4,7 @@
 2. `start`, `async with`, or the first request loads it. Its event loop is the one that runs it from then on.
 3. A request becomes the body that it would be over HTTP, goes through the same checks, and is opened at the router's
    core. Cancelling its reader, leaving its loop, or `abort` ends it on the workers.
-4. `close` ends what still runs.
+4. `close` ends what still runs. Without it the engine ends with its event loop, or when nobody refers to it any more.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import asyncio
 import operator
 import secrets
 import time
+import weakref
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -126,6 +127,7 @@ class AsyncLLM:
     def __init__(self, model: str, **options: Any) -> None:
         self._engine = InProcess(configure(model, options))
         self._starting: asyncio.Task[None] | None = None
+        weakref.finalize(self, self._engine.leave).atexit = False
 
     async def start(self) -> None:
         """Load the model, once; later calls wait for the first. Raises ConfigError."""

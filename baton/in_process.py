@@ -2,6 +2,7 @@
 
     configure ─► start: tokenizer, weights, router, workers attach ─► core takes requests ─► close
                                                                         └─ compute thread dies ─► DEAD: requests fail
+                                                                        └─ its event loop ends ─► DEAD
 
 1. `configure` merges keyword arguments with BATON_ variables, as the command does, and finds the model's files.
 2. The router is the one that serves HTTP, without its ports; both workers are those of colocated mode, over one pool.
@@ -15,7 +16,9 @@ from __future__ import annotations
 import asyncio
 import difflib
 import logging
+import os
 import secrets
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -107,13 +110,16 @@ class InProcess:
         self._compute: ComputeLoop | None = None
         self._running: asyncio.Task[int] | None = None
         self._is_closing = False
+        self._home: tuple[int, asyncio.AbstractEventLoop] | None = None
         self.failure: EngineDead | None = None
 
     @property
     def core(self) -> Core:
-        """Where requests go. Raises EngineDead when nobody is there to compute them."""
+        """Where requests go. Raises EngineDead when nobody is there to compute them, or they come from elsewhere."""
         if self.failure is not None:
             raise self.failure
+        if self._home is not None and self._home != (os.getpid(), asyncio.get_running_loop()):
+            raise EngineDead("the engine lives in the process, and on the event loop, that started it: make one here")
         if self._router is None or self._is_closing:
             raise EngineDead("the engine is not running: it was closed, or not started")
         return self._router.core
@@ -137,7 +143,10 @@ class InProcess:
 
         Raises:
             ConfigError: model, device or sizes cannot be used.
+            EngineDead: the main thread has ended, after which Python lets no thread pool work.
         """
+        if not threading.main_thread().is_alive():
+            raise EngineDead("the main thread has ended: let it wait for this one, with join()")
         try:
             await self._start()
         except BaseException:
@@ -147,6 +156,7 @@ class InProcess:
     async def _start(self) -> None:
         config = self._config
         engine = config.workers.prefill.engine
+        self._home = os.getpid(), asyncio.get_running_loop()
         pin_process(engine.cores)
         tokenizer = await asyncio.to_thread(Tokenizer, config.router.model_path, config.router.chat_template)
         model = await asyncio.to_thread(load, engine, log.info, config.cache_dir)
@@ -188,10 +198,24 @@ class InProcess:
             await router.close()
         self._router = self._workers = self._compute = self._running = None
 
+    def leave(self) -> None:
+        """Close soon, whoever is asking, on whatever thread: nobody can reach it any more."""
+        if self._home is None or self._home[0] != os.getpid() or self._is_closing:
+            return
+        if not self._home[1].is_closed():
+            asyncio.run_coroutine_threadsafe(self.close(), self._home[1])
+        elif self._compute is not None:
+            self._compute.dismiss()
+
     def _ended(self, running: asyncio.Task[int]) -> None:
         if self._is_closing:
             return
-        self.failure = EngineDead("the engine ended: its compute thread died; the log says why")
+        if running.cancelled():
+            self.failure = EngineDead("the engine ended with the event loop that started it: one engine, one loop")
+            if self._compute is not None:
+                self._compute.dismiss()
+        else:
+            self.failure = EngineDead("the engine ended: its compute thread died; the log says why")
         if self._router is not None:
             self._router.switchboard.is_draining = True
             self._router.switchboard.abandon()

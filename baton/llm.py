@@ -3,19 +3,21 @@
 1. `LLM(model, **options)` loads the model; its event loop runs in a thread of its own from then on.
 2. `generate` and `chat` open a bounded number of requests, and one more for each that ends: a batch of any size keeps
    the decode batch full and holds little. Results come back in order.
-3. `close`, the end of `with`, or the end of the process ends it.
+3. `close`, the end of `with`, the end of the last reference, or the end of the process ends it, on whatever thread.
+4. A process that is forked has no engine: whatever it asks of this one is refused, and nothing of it is closed there.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import threading
 import weakref
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Self, TypeVar, cast
+from typing import Any, Final, Self, TypeVar, cast
 
 import uvloop
 from rich.console import Console
@@ -24,9 +26,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from baton.async_llm import AsyncLLM, Messages, Prompt, Request, new_request
 from baton.outputs import RequestOutput
 from baton.sampling import SamplingParams
+from engine.compute_loop import THREAD_NAME as COMPUTE_THREAD
 from protocol.errors import EngineDead, InvalidRequest
 
 Result = TypeVar("Result")
+LOOP_THREAD: Final = "engine"
 
 
 class LLM:
@@ -141,21 +145,32 @@ class LoopThread:
     """An event loop in a thread of its own."""
 
     def __init__(self) -> None:
+        self._pid = os.getpid()
         self._loop = uvloop.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="engine", daemon=True)
+        self._thread = threading.Thread(target=self._loop.run_forever, name=LOOP_THREAD, daemon=True)
         self._thread.start()
 
     def run(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """Run a coroutine there and wait for it; an interrupt here cancels it there. Raises EngineDead after `stop`."""
-        if self._loop.is_closed():
+        """Run a coroutine there and wait for it; an interrupt here cancels it there.
+
+        Raises:
+            EngineDead: after `stop`, and in another process than the one that made this.
+        """
+        if not self.is_here or self._loop.is_closed():
             work.close()
-            raise EngineDead("the engine is not running: it was closed")
+            why = "it was closed" if self.is_here else "it lives in the process that made it: make one here"
+            raise EngineDead(f"the engine is not running: {why}")
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
         except BaseException:
             future.cancel()
             raise
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this is the process that it was made in: a fork has no thread."""
+        return self._pid == os.getpid()
 
     def stop(self) -> None:
         """End the loop."""
@@ -165,6 +180,16 @@ class LoopThread:
 
 
 def _end(engine: AsyncLLM, thread: LoopThread) -> None:
+    if not thread.is_here:
+        return
+    if threading.current_thread().name in (LOOP_THREAD, COMPUTE_THREAD):
+        # Garbage is collected on any thread, and these would wait for themselves.
+        threading.Thread(target=_close, args=(engine, thread), name="closing").start()
+    else:
+        _close(engine, thread)
+
+
+def _close(engine: AsyncLLM, thread: LoopThread) -> None:
     try:
         thread.run(engine.close())
     finally:
