@@ -16,8 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from baton.cores import CorePlan, CoreRequest, WorkerCores, plan_alone, plan_cores, plan_prefill
-from baton.options import OPTIONS
-from baton.settings import Settings
+from baton.settings import Settings, variables
 from decode.config import DecodeConfig
 from engine.config import EngineConfig, ServiceConfig
 from kvtransfer.config import TransferConfig
@@ -73,7 +72,7 @@ def environment() -> Mapping[str, str]:
 
 def child_environment() -> dict[str, str]:
     """Give a child's environment: ours without BATON_* (its command line says all), importing this very code."""
-    ours = {option.variable for option in OPTIONS} | {"BATON_MODEL", "BATON_CONFIG"}
+    ours = variables()
     kept = {name: value for name, value in os.environ.items() if name not in ours}
     here = str(Path(__file__).resolve().parent.parent)
     kept["PYTHONPATH"] = os.pathsep.join([here, *filter(None, [kept.get("PYTHONPATH")])])

@@ -200,8 +200,10 @@ def _grpc_option(settings: Settings) -> dict[str, Any]:
 def _memory_option(config: ServeConfig) -> dict[str, Any]:
     """Divide a GPU's memory among the workers of this machine, who would each take most of it; the user's word wins."""
     settings = config.settings
-    fixed = {"kv_memory_share", "kv_cache_gib", "num_kv_blocks"} & set(settings.given)
-    if fixed or not computes_on_gpu(settings):
+    fixed = {"kv_memory_share", "kv_cache_gib", "num_kv_blocks"} & settings.given
+    # Under vLLM's name it is the share of everything that runs here, as it is there.
+    is_whole = fixed == {"kv_memory_share"} and "gpu_memory_utilization" in settings.given
+    if fixed and not is_whole or not computes_on_gpu(settings):
         return {}
     num_workers = 1 if config.cores is None else len(config.cores.prefill) + len(config.cores.decode)
     return {"kv_memory_share": settings["kv_memory_share"] / num_workers}

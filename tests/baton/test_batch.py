@@ -232,7 +232,7 @@ def test_an_output_is_never_overwritten(tmp_path: Path) -> None:
         (["--url", "x"], "must begin with http"),
         (["--url", "http://x", "--block-size", "16"], "--block-size: is for MODEL"),
         (["--url", "http://x", "--concurrency", "0"], "--concurrency"),
-        (["smollm2", "--block-size", "17"], "block_size must be"),
+        (["smollm2", "--block-size", "17"], "block_size: expected one of 8, 16, 32"),
     ],
 )
 def test_a_command_line_that_cannot_be_used(
