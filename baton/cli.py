@@ -2,7 +2,8 @@
 
 1. Parse: one sub-command per role, its options from the table in `baton/options.py`, in groups.
 2. Merge the sources, compose the role's config, find its model; anything wrong is one line and exit code 2.
-3. Import the role's module, only now, so that the router starts without torch, and run it until it ends.
+3. Import the role's module, only now, so that the router starts without torch, and run it until it ends. SIGHUP lets
+   it do 2. again (`baton/hangup.py`).
 
 `bench` and `run-batch` are no roles: they have options of their own and no file, and get the rest of the command line.
 
@@ -24,6 +25,7 @@ from typing import Any
 
 from baton import config
 from baton.command_line import add_options, spelled, unexpected
+from baton.hangup import Reloads, hold
 from baton.options import options_of
 from baton.settings import Settings, merge, misspelt
 from baton.values import did_you_mean
@@ -65,13 +67,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run_batch(given[1:])
     name, shows_traceback = f" {given[0]}" if given and given[0] in SUMMARIES else "", False
     try:
+        hold()
         parsed = parse(given)
         shows_traceback = parsed.get("log_level") == "debug"
         for line in misspelt(config.environment()):
             print(f"baton{name}: {line}", file=sys.stderr)
         settings = settings_of(parsed)
         shows_traceback = settings["log_level"] == "debug"
-        return _run(settings)
+        return _run(Reloads(settings, lambda: settings_of(parsed)))
     except (BatonError, ModelError) as error:
         if shows_traceback:
             traceback.print_exc()
@@ -157,7 +160,8 @@ def _version() -> str:
         return "of a checkout that is not installed"
 
 
-def _run(settings: Settings) -> int:
+def _run(reloads: Reloads) -> int:
+    settings = reloads.settings
     logging.basicConfig(
         level=settings["log_level"].upper(),
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
@@ -168,19 +172,24 @@ def _run(settings: Settings) -> int:
     if settings.role == "serve":
         from baton.launch import serve
 
-        return serve(config.serve_config(settings))
+        return serve(config.serve_config(settings), reloads)
     import uvloop
 
     # An import makes much that stays and nothing that cycles: looking for garbage meanwhile takes a fifth of the start.
     gc.disable()
     try:
-        role = _role(settings)
+        role = _role(reloads)
     finally:
         # Nor is it ever looked through again: a walk through all of torch would hold up every stream.
         gc.freeze()
         gc.enable()
-    code: int = uvloop.run(role)
+    code: int = uvloop.run(_watched(role, reloads))
     return code
+
+
+async def _watched(role: Coroutine[Any, Any, int], reloads: Reloads) -> int:
+    reloads.watch()
+    return await role
 
 
 def _allow_descriptors() -> None:
@@ -191,13 +200,17 @@ def _allow_descriptors() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def _role(settings: Settings) -> Coroutine[Any, Any, int]:
+def _role(reloads: Reloads) -> Coroutine[Any, Any, int]:
     """Import a role and give the coroutine that runs it until it has drained."""
+    settings = reloads.settings
     model = config.resolve_model(settings, _say)
     if settings.role == "router":
         from router.app import run as run_router
 
-        return run_router(config.router_config(settings, model))
+        return run_router(
+            config.router_config(settings, model),
+            lambda reload: reloads.takers.append(lambda found: reload(config.router_config(found, model))),
+        )
     if settings.role == "prefill":
         from prefill.worker import run as run_prefill
 

@@ -10,6 +10,7 @@ from typing import Any
 from baton.values import did_you_mean
 from baton.vllm_names import ALIASES
 from protocol.errors import ConfigError
+from router.config import RELOADED, RouterConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +56,11 @@ class Option:
     def aliases(self) -> tuple[str, ...]:
         """Give the keys under which vLLM knows it, where these are others than ours."""
         return tuple(alias for alias, key in ALIASES.items() if key == self.key)
+
+    @property
+    def reloads(self) -> bool:
+        """Tell whether SIGHUP changes it while a server runs."""
+        return self.name == "log-level" or any(of is RouterConfig and name in RELOADED for of, name in self.fills)
 
     @property
     def variable(self) -> str:

@@ -3,7 +3,7 @@
 1. Without a key everybody may ask. With keys, every path but those of `OPEN_PATHS` needs one, as a bearer token.
 2. A key file has a key a line, and after it, if there is one, the name of its tenant; lines that begin with `#` are
    comments. The file is read again within a second of its change; what cannot be used is logged, and the keys of before
-   go on to count.
+   go on to count. SIGHUP reads it at once.
 3. Tenants share no prefix: a tenant's name salts the hashes of its blocks. Keys without a tenant are one more tenant.
 """
 
@@ -43,15 +43,19 @@ class Access:
     """
 
     def __init__(self, keys: Sequence[str], files: Sequence[str], clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self.reload(keys, files)
+
+    def reload(self, keys: Sequence[str], files: Sequence[str]) -> None:
+        """Let these keys and files count, and no others, from now on; raises ConfigError as the constructor does."""
         for key in keys:
             if not _is_key(key):
                 raise ConfigError(f"api-key: must be up to {MAX_KEY_CHARS} printable characters without blanks")
-        self._fixed = {_digest(key): "" for key in keys}
-        self._paths = [Path(file).expanduser() for file in files]
-        self._clock = clock
-        self._stamps = [_stamp(path) for path in self._paths]
-        self._keys = self._fixed | self._read_files()
-        self._checked_s = clock()
+        fixed, paths = {_digest(key): "" for key in keys}, [Path(file).expanduser() for file in files]
+        stamps = [_stamp(path) for path in paths]
+        found = fixed | _read_files(paths)
+        self._fixed, self._paths, self._stamps, self._keys = fixed, paths, stamps, found
+        self._checked_s = self._clock()
 
     @property
     def is_open(self) -> bool:
@@ -99,23 +103,24 @@ class Access:
             return
         self._stamps = stamps
         try:
-            self._keys = self._fixed | self._read_files()
+            self._keys = self._fixed | _read_files(self._paths)
         except ConfigError as error:
             log.error("%s; the keys of before go on to count", error)
             return
         log.info("API keys were read again: %d", len(self._keys))
 
-    def _read_files(self) -> dict[bytes, str]:
-        found: dict[bytes, str] = {}
-        for path in self._paths:
-            found |= _read(path)
-        return found
+
+def _read_files(paths: Sequence[Path]) -> dict[bytes, str]:
+    found: dict[bytes, str] = {}
+    for path in paths:
+        found |= _read(path)
+    return found
 
 
 def _read(path: Path) -> dict[bytes, str]:
     """Return tenants by the digests of their keys."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"api-key-file: cannot read {path}: {error}") from None
     found: dict[bytes, str] = {}

@@ -49,6 +49,11 @@ class Core:
         self._num_admitting = self._num_in_threads = 0
         self._threads = ThreadPoolExecutor(NUM_TEXT_THREADS, thread_name_prefix="text")
 
+    def reload(self, config: RouterConfig) -> None:
+        """Take over limits."""
+        self.max_num_requests = config.max_num_requests
+        self.switchboard.reload(config)
+
     async def started(self) -> None:
         """Wait until the first pair of workers is there, or has had its time to come."""
         await self.switchboard.has_started.wait()

@@ -36,7 +36,7 @@ def keys_needed(access: Access) -> Any:
 
     @web.middleware
     async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if request.path not in OPEN_PATHS:
+        if request.path.removesuffix("/") not in OPEN_PATHS:
             request[TENANT] = access.tenant_of(request.headers.get("Authorization"))
         return await handler(request)
 
@@ -47,6 +47,10 @@ class Origins:
     """Pages of other origins that may ask. `*` stands for all of them."""
 
     def __init__(self, allowed: Sequence[str]) -> None:
+        self.allow(allowed)
+
+    def allow(self, allowed: Sequence[str]) -> None:
+        """Let the pages of these origins ask, and no others, from now on."""
         self._allowed = frozenset(allowed)
 
     @web.middleware
