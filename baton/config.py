@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import codecs
 import importlib.util
 import os
 import platform
@@ -96,11 +97,11 @@ def computes_on_gpu(settings: Settings) -> bool:
 
 
 def read_secret(path: str | None) -> bytes:
-    """Read the cluster secret, less surrounding white space."""
+    """Read the cluster secret, less surrounding white space and what editors put before a text."""
     if path is None:
         raise ConfigError("secret-file: this role needs the cluster secret: a file with at least 16 random bytes")
     try:
-        secret = Path(path).expanduser().read_bytes().strip()
+        secret = Path(path).expanduser().read_bytes().removeprefix(codecs.BOM_UTF8).strip()
     except OSError as error:
         raise ConfigError(f"secret-file: cannot read {path}: {error.strerror or error}") from None
     if len(secret) < MIN_SECRET_BYTES:
@@ -267,6 +268,6 @@ def _service(settings: Settings, *, suffix: str = "", admin_port: int | None = N
 
 def _read_text(option: str, path: str) -> str:
     try:
-        return Path(path).expanduser().read_text(encoding="utf-8")
+        return Path(path).expanduser().read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{option}: cannot read {path}: {error}") from None

@@ -14,7 +14,6 @@
 from __future__ import annotations
 
 import asyncio
-import difflib
 import logging
 import os
 import secrets
@@ -28,6 +27,8 @@ from baton.colocated import ColocatedConfig, ColocatedWorkers
 from baton.config import cache_dir, engine_config, environment, resolve_model
 from baton.options import in_process_options
 from baton.settings import Settings, merge
+from baton.values import did_you_mean
+from baton.vllm_names import ALIASES, ELSEWHERE
 from decode.config import DecodeConfig
 from engine.compute_loop import ComputeLoop
 from engine.config import ServiceConfig
@@ -68,12 +69,7 @@ def configure(model: str, options: Mapping[str, Any]) -> InProcessConfig:
         ConfigError: an option is unknown or its value cannot be used.
         ModelError: there is no such model.
     """
-    accepted = in_process_options()
-    for name in options:
-        if name not in accepted:
-            close = difflib.get_close_matches(name, accepted, n=1)
-            raise ConfigError(f"{name}: no such option" + (f"; did you mean {close[0]}?" if close else ""))
-    given = {key: accepted[key].read(value, key) for key, value in options.items() if value is not None}
+    given = _read(options)
     settings, for_router = (_settings(role, model, given) for role in ("colocated", "router"))
     found = resolve_model(settings, log.info)
     template, secret = for_router["chat_template"], secrets.token_bytes(32)
@@ -221,6 +217,23 @@ class InProcess:
             self._router.switchboard.abandon()
 
 
+def _read(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values by our keys of options under our names or vLLM's. Raises ConfigError."""
+    accepted, given = in_process_options(), {}
+    for name, value in options.items():
+        key = ALIASES.get(name, name)
+        if key not in accepted and name in ELSEWHERE:
+            if value is not None:
+                ELSEWHERE[name].check(name, value)
+        elif key not in accepted:
+            raise ConfigError(f"{name}: no such option{did_you_mean(name, [*accepted, *ALIASES, *ELSEWHERE])}")
+        elif value is not None and key in given:
+            raise ConfigError(f"{name}: is the same as {key}; give one of them")
+        elif value is not None:
+            given[key] = accepted[key].read(value, name)
+    return given
+
+
 def _settings(role: str, model: str, given: Mapping[str, Any]) -> Settings:
     found = merge(role, {"model": model}, environment(), None)
     ours = {key: value for key, value in given.items() if key in found.values}
@@ -229,6 +242,6 @@ def _settings(role: str, model: str, given: Mapping[str, Any]) -> Settings:
 
 def _read_text(path: str) -> str:
     try:
-        return Path(path).expanduser().read_text(encoding="utf-8")
+        return Path(path).expanduser().read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"chat_template: cannot read {path}: {error}") from None
