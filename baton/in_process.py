@@ -106,6 +106,7 @@ class InProcess:
         self._compute: ComputeLoop | None = None
         self._running: asyncio.Task[int] | None = None
         self._is_closing = False
+        self._tokenizer: Tokenizer | None = None
         self._home: tuple[int, asyncio.AbstractEventLoop] | None = None
         self.failure: EngineDead | None = None
 
@@ -119,6 +120,13 @@ class InProcess:
         if self._router is None or self._is_closing:
             raise EngineDead("the engine is not running: it was closed, or not started")
         return self._router.core
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's, also after the end. Raises EngineDead before the start."""
+        if self._tokenizer is None:
+            raise EngineDead("the engine is not started")
+        return self._tokenizer
 
     @property
     def model_name(self) -> str:
@@ -155,6 +163,7 @@ class InProcess:
         self._home = os.getpid(), asyncio.get_running_loop()
         pin_process(engine.cores)
         tokenizer = await asyncio.to_thread(Tokenizer, config.router.model_path, config.router.chat_template)
+        self._tokenizer = tokenizer
         model = await asyncio.to_thread(load, engine, log.info, config.cache_dir)
         self._router = Router(config.router, tokenizer)
         self._running = self._attach(model, self._router.start_in_process())

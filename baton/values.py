@@ -46,8 +46,9 @@ def switch(value: object) -> bool:
 
 
 def type_name(value: object) -> str:
-    """Accept the name of a floating-point type, also torch's short ones."""
-    return {"half": "float16", "float": "float32"}.get(text(value), text(value))
+    """Accept the name of a floating-point type, also torch's short ones, and torch's types themselves."""
+    name = text(str(value) if str(value).startswith("torch.") else value).removeprefix("torch.")
+    return {"half": "float16", "float": "float32"}.get(name, name)
 
 
 def core_set(value: object) -> tuple[int, ...]:

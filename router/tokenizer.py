@@ -104,6 +104,11 @@ class Tokenizer:
         """Return a token as text for reports, parts of characters as U+FFFD."""
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
+    def token_id(self, token: str) -> int | None:
+        """Return the id of a token as the vocabulary spells it, or None."""
+        found: int | None = self._tokenizer.token_to_id(token)
+        return found
+
     def is_known(self, token_id: int) -> bool:
         """Whether the id is in the vocabulary."""
         return 0 <= token_id < self.vocab_size
