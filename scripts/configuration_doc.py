@@ -37,6 +37,16 @@ and `HF_TOKEN` mean what they mean elsewhere.
 """
 
 
+RELOADING = """\
+## While a server runs
+
+SIGHUP to `baton serve`, or to a role, reads the file and the other sources again and ends nothing. At once change
+{names}.
+`baton serve` passes them on to its children, also to one that is started again. A change of anything else is named in
+the log and waits for a restart; where any value cannot be used, nothing changes, and one line says why. Key files are
+read again by themselves, too. A server, and `baton run-batch`, also outlive the terminal that they were started from.
+"""
+
 FROM_VLLM = """\
 ## Coming from vLLM
 
@@ -57,6 +67,8 @@ def render() -> str:
         rows = [_row(option) for option in OPTIONS if option.group == group and not option.is_hidden]
         head = "| option | default | commands | meaning |\n|---|---|---|---|"
         parts.append("\n".join([f"## {group[0].upper()}{group[1:]}", "", head, *rows, ""]))
+    names = ", ".join(f"`{option.name}`" for option in OPTIONS if option.reloads and not option.is_hidden)
+    parts.append(RELOADING.format(names=names))
     parts.append("\n".join([FROM_VLLM, *(_elsewhere(key) for key in sorted(ELSEWHERE)), ""]))
     return "\n".join(parts)
 
