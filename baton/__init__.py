@@ -9,9 +9,17 @@ if TYPE_CHECKING:
     from baton.async_llm import AsyncLLM
     from baton.llm import LLM
     from baton.outputs import CompletionOutput, Logprob, RequestOutput
-    from baton.sampling import SamplingParams
+    from baton.sampling import SamplingParams, StructuredOutputsParams
 
-__all__ = ["LLM", "AsyncLLM", "CompletionOutput", "Logprob", "RequestOutput", "SamplingParams"]
+__all__ = [
+    "LLM",
+    "AsyncLLM",
+    "CompletionOutput",
+    "Logprob",
+    "RequestOutput",
+    "SamplingParams",
+    "StructuredOutputsParams",
+]
 
 _MODULES = {
     "LLM": "baton.llm",
@@ -20,6 +28,7 @@ _MODULES = {
     "Logprob": "baton.outputs",
     "RequestOutput": "baton.outputs",
     "SamplingParams": "baton.sampling",
+    "StructuredOutputsParams": "baton.sampling",
 }
 
 

@@ -4,15 +4,17 @@
 2. `start`, `async with`, or the first request loads it. Its event loop is the one that runs it from then on.
 3. A request becomes the body that it would be over HTTP, goes through the same checks, and is opened at the router's
    core. Cancelling its reader, leaving its loop, or `abort` ends it on the workers.
-4. `close` ends what still runs.
+4. `close` ends what still runs. Without it the engine ends with its event loop, or when nobody refers to it any more.
 """
 
 from __future__ import annotations
 
 import asyncio
 import operator
+import random
 import secrets
 import time
+import weakref
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -21,7 +23,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from baton.in_process import InProcess, configure
-from baton.outputs import CompletionOutput, Logprob, RequestOutput, logprobs_of
+from baton.llm_tokenizer import LLMTokenizer
+from baton.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, logprobs_of
 from baton.sampling import SamplingParams
 from protocol.errors import InvalidRequest
 from protocol.readout import floats_of
@@ -80,6 +83,7 @@ class Run:
     request: Request
     session: Session
     read: ReadPrompts | None
+    metrics: RequestMetrics
 
     def output(self) -> RequestOutput:
         """Return an output without any token."""
@@ -88,7 +92,9 @@ class Run:
             text = self.core.tokenizer.decode(prompt_ids, skip_special=False)
         outputs = [CompletionOutput(choice.index) for choice in self.session.job.choices]
         told = self._prompt_logprobs()
-        return RequestOutput(self.request.request_id, text, list(prompt_ids), outputs, prompt_logprobs=told)
+        return RequestOutput(
+            self.request.request_id, text, list(prompt_ids), outputs, prompt_logprobs=told, metrics=self.metrics
+        )
 
     def _prompt_logprobs(self) -> list[dict[int, Logprob] | None] | None:
         job = self.session.job
@@ -101,9 +107,11 @@ class Run:
     def add(self, output: RequestOutput, events: list[tuple[int, Piece]]) -> None:
         """Add to an output what has happened."""
         output.num_cached_tokens = self.session.num_cached_tokens
+        self.metrics.note(time.monotonic(), self.session.is_over)
+        has_text = self.request.sampling.detokenize is not False
         for index, piece in events:
             num_logprobs = self.session.job.choices[index].sampling.num_logprobs
-            output.outputs[index].add(piece, self.core.tokenizer, num_logprobs)
+            output.outputs[index].add(piece, self.core.tokenizer, num_logprobs, has_text)
 
     def close(self) -> None:
         """Cancel what still runs."""
@@ -117,15 +125,18 @@ class AsyncLLM:
     Args:
         model: as `baton serve` takes it: a directory, a GGUF file, a hub id, or smollm2.
         options: named as in docs/configuration.md, with `_` for `-`; those of the groups model, CPU, KV cache and
-            scheduling, and max_num_requests, max_placements.
+            scheduling, and max_num_requests, max_placements; or as vLLM calls them.
+        seed: of all requests that bring none of their own; None draws one for each.
 
     Raises:
         ConfigError, ModelError: what was asked for cannot be had.
     """
 
-    def __init__(self, model: str, **options: Any) -> None:
+    def __init__(self, model: str, *, seed: int | None = None, **options: Any) -> None:
         self._engine = InProcess(configure(model, options))
+        self._seeds = None if seed is None else random.Random(seed)
         self._starting: asyncio.Task[None] | None = None
+        weakref.finalize(self, self._engine.leave).atexit = False
 
     async def start(self) -> None:
         """Load the model, once; later calls wait for the first. Raises ConfigError."""
@@ -222,6 +233,11 @@ class AsyncLLM:
         found = await embed(self._engine.core, len(body), make, str, arrived_s)
         return [floats_of(vector) for vector in found.vectors]
 
+    async def get_tokenizer(self) -> LLMTokenizer:
+        """Return the model's tokenizer, with the calls that users of transformers know."""
+        await self.start()
+        return LLMTokenizer(self._engine.tokenizer)
+
     async def abort(self, request_id: str) -> bool:
         """End a request: its reader gets RequestAborted. False if none of that id is open."""
         return self._engine.core.open_requests.abort(request_id)
@@ -253,6 +269,8 @@ class AsyncLLM:
 
     async def _open(self, request: Request) -> Run:
         await self.start()
+        if self._seeds is not None and request.sampling.seed is None:
+            request = replace(request, sampling=replace(request.sampling, seed=self._seeds.getrandbits(63)))
         arrived_s, core, name = time.monotonic(), self._engine.core, self._engine.model_name
         num_bytes = len(request.prompt or "") if request.messages is None else len(str(request.messages))
         with core.admission():
@@ -261,7 +279,7 @@ class AsyncLLM:
             raise InvalidRequest("max_tokens: must be at least 1", "max_tokens")
         read = await read_prompts(core, job, arrived_s)
         core.open_requests.check(request.request_id)
-        run = Run(core, request, core.open(job, arrived_s), read)
+        run = Run(core, request, core.open(job, arrived_s), read, RequestMetrics(arrived_s))
         core.open_requests.add(request.request_id, run.session)
         return run
 
@@ -273,17 +291,21 @@ def new_request(
     request_id: str | None = None,
     cache_salt: str | None = None,
     priority: int = 0,
+    **more: Any,
 ) -> Request:
-    """Make a request of what a caller gave.
+    """Make a request of what a caller gave; `more` are further fields of its HTTP body.
 
     Raises:
         InvalidRequest: the prompt has none of the shapes allowed.
     """
-    extra = {"priority": priority} | ({} if cache_salt is None else {"cache_salt": cache_salt})
+    if isinstance(prompt, Mapping) and cache_salt is None:
+        cache_salt = prompt.get("cache_salt")
+    extra = {"priority": priority, **more} | ({} if cache_salt is None else {"cache_salt": cache_salt})
     plain = None if messages is None else [dict(message) for message in messages]
     return Request(
         request_id or secrets.token_hex(12),
-        sampling_params or SamplingParams(),
+        # A copy: whoever gave it may change its own.
+        replace(sampling_params or SamplingParams()),
         None if prompt is None else _plain_prompt(prompt),
         plain,
         extra,
@@ -295,6 +317,9 @@ def _plain_prompt(prompt: Prompt) -> str | list[int]:
         found = prompt.get("prompt_token_ids", prompt.get("prompt"))
         if found is None or isinstance(found, Mapping):
             raise InvalidRequest("prompt: a mapping needs `prompt` or `prompt_token_ids`", "prompt")
+        for name in ("multi_modal_data", "prompt_embeds"):
+            if prompt.get(name) is not None:
+                raise InvalidRequest(f"prompt: {name} is not supported: text and token ids are", "prompt")
         return _plain_prompt(found)
     if isinstance(prompt, str):
         return prompt

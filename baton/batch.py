@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 import hashlib
 import random
 from collections import Counter
@@ -22,6 +23,7 @@ from typing import Any, BinaryIO, Final, Protocol
 
 import msgspec
 
+from baton.values import did_you_mean
 from protocol.errors import ConfigError
 
 MAX_CUSTOM_ID_CHARS: Final = 512
@@ -198,6 +200,24 @@ def parse_line(data: bytes) -> BatchLine:
     return line
 
 
+def endpoint_of(line: BatchLine, known: Iterable[str]) -> str:
+    """Return which of the known endpoints a line's url is; only a slash at its end is forgiven.
+
+    Whatever else a url may hold that a server, a proxy or a client's library would resolve (dots, escapes, a query,
+    another host) makes it none of them, so that a file reaches nothing else of a server.
+
+    Raises:
+        BadLine: it is none of them.
+    """
+    endpoints = sorted(known)
+    found = line.url.removesuffix("/")
+    if found not in endpoints:
+        meant = did_you_mean(line.url[:64], endpoints, 0.8)
+        told = f"url: one of {', '.join(endpoints)}, not {line.url[:64]!r}{meant}"
+        raise BadLine("invalid_url", told, line.custom_id)
+    return found
+
+
 def _custom_id(data: bytes) -> str | None:
     try:
         return msgspec.json.decode(data, type=_Found).custom_id
@@ -252,8 +272,10 @@ class Batch:
     def _jobs(self, lines: Iterable[bytes], done: Done) -> Iterator[Job]:
         """Yield the lines that OUT has no answer to, each with an id that its content gives."""
         seen: Counter[bytes] = Counter()
-        for data in lines:
+        for number, data in enumerate(lines):
             data = data.rstrip(b"\r\n")
+            if number == 0:
+                data = data.removeprefix(codecs.BOM_UTF8)
             digest = hashlib.blake2b(data, digest_size=12).digest()
             job = Job(f"batch_req_{digest.hex()}" + (f"_{seen[digest]}" if seen[digest] else ""), data)
             seen[digest] += 1

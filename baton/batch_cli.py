@@ -1,4 +1,4 @@
-"""`baton run-batch IN OUT [MODEL | --url URL]`.
+"""`baton run-batch IN OUT [MODEL | --url URL]`, and the same as vLLM's users type it: `-i IN -o OUT --model MODEL`.
 
 Exit codes: 0 every line has its answer or its error, 1 it broke off, 2 something on the command line cannot be used.
 """
@@ -13,12 +13,17 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final
+from urllib.parse import urlsplit
 
 import uvloop
 
 from baton.batch import Batch, Done, Tally, Target, read_done
+from baton.command_line import add_options, spelled, unexpected
 from baton.config import environment
+from baton.hangup import hold
+from baton.option import Option
 from baton.options import in_process_options
+from baton.vllm_names import ALIASES, ELSEWHERE
 from model.errors import ModelError
 from protocol.errors import BatonError, ConfigError
 
@@ -43,10 +48,10 @@ class Plan:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; return the exit code of the process."""
-    options = vars(_parser().parse_args(arguments))
+    hold()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     try:
-        plan = _plan(options)
+        plan = _plan(parse(arguments))
         with plan.source.open("rb") as lines, plan.out.open("ab") as results:
             tally = uvloop.run(_run(plan, lines, results))
         print(f"{plan.out}: {tally}", file=sys.stderr)
@@ -59,41 +64,58 @@ def main(arguments: Sequence[str]) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
+def parse(arguments: Sequence[str]) -> dict[str, Any]:
+    """Read the command line. Raises ConfigError for what is unknown, missing or given twice."""
+    options = tuple(in_process_options().values())
+    parsed, rest = _parser(options).parse_known_intermixed_args(spelled(arguments))
+    found = vars(parsed)
+    if rest:
+        raise unexpected("run-batch", options, ("--url", "--resume", "--concurrency", "--retry-s"), rest[0])
+    places = {"input": "IN", "output": "OUT", "model": "MODEL"}
+    open_places = [place for place in places if found[place] is None]
+    names = found.pop("names")
+    if len(names) > len(open_places):
+        raise ConfigError(f"unexpected {names[len(open_places)]!r}: IN, OUT and MODEL are there already")
+    found |= zip(open_places, names, strict=False)
+    for place in ("input", "output"):
+        if found[place] is None:
+            raise ConfigError(f"{places[place]}: name it, as in: baton run-batch in.jsonl out.jsonl smollm2")
+    return found
+
+
+def _parser(options: Sequence[Option]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="baton run-batch",
         usage="baton run-batch IN OUT [MODEL | --url URL] [options]",
         description="Answer a file of requests in OpenAI's batch format, with an engine of its own or by a server.",
-        argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    parser.add_argument("input", metavar="IN", help="file of requests, one a line")
-    parser.add_argument("output", metavar="OUT", help="file for the results, one a line")
-    parser.add_argument("model", metavar="MODEL", nargs="?", help="model to load here, as for baton serve")
-    parser.add_argument("--url", default=None, help="server that answers instead, http://host:port")
-    parser.add_argument("--api-key", default=None, help="for the server [OPENAI_API_KEY]")
-    parser.add_argument("--resume", action="store_true", default=False, help="go on where OUT ends")
+    names = "file of requests, one a line; file for the results; model to load here, as for baton serve"
+    parser.add_argument("names", metavar="IN OUT MODEL", nargs="*", help=names)
+    parser.add_argument("-i", "--input-file", dest="input", metavar="IN", help="the same, as an option")
+    parser.add_argument("-o", "--output-file", dest="output", metavar="OUT", help="the same, as an option")
+    parser.add_argument("--model", metavar="MODEL", help="the same, as an option")
+    parser.add_argument("--url", help="server that answers instead, http://host:port")
+    parser.add_argument("--api-key", help="for the server [OPENAI_API_KEY]")
+    parser.add_argument("--resume", action="store_true", help="go on where OUT ends")
     at_once = f"lines open at once [{NUM_OPEN_AT_SERVER} at a server, two decode batches here]"
-    parser.add_argument("--concurrency", type=int, default=None, metavar="LINES", help=at_once)
-    retry = f"how long a line tries to reach the server; 429 is always waited out [{RETRY_S:g}]"
+    parser.add_argument("--concurrency", type=int, metavar="LINES", help=at_once)
+    retry = f"how long a line tries to reach the server; 429 is always waited out [{RETRY_S:g} s]"
     parser.add_argument("--retry-s", type=float, default=RETRY_S, metavar="S", help=retry)
-    engine = parser.add_argument_group("engine of its own (docs/configuration.md)")
-    for key, option in in_process_options().items():
-        action = "append" if option.is_list else "store"
-        engine.add_argument(f"--{option.name}", dest=f"engine_{key}", action=action, metavar="VALUE", help=option.help)
+    add_options(parser, options)
     return parser
 
 
 def _plan(options: dict[str, Any]) -> Plan:
     """Check the command line, and look at OUT. Raises ConfigError."""
-    engine = {key.removeprefix("engine_"): value for key, value in options.items() if key.startswith("engine_")}
-    model, url, concurrency = options.get("model"), options["url"], options["concurrency"]
+    engine = {key: value for key, value in options.items() if key in {*in_process_options(), *ALIASES, *ELSEWHERE}}
+    model, url, concurrency = options["model"], options["url"], options["concurrency"]
     if (model is None) == (url is None):
         raise ConfigError("name either MODEL, to be loaded here, or a server with --url")
     if url is not None and engine:
         raise ConfigError(f"--{next(iter(engine)).replace('_', '-')}: is for MODEL; the server has options of its own")
-    if url is not None and not url.startswith(("http://", "https://")):
-        raise ConfigError(f"--url: must begin with http:// or https://, not {url!r}")
+    if url is not None:
+        _check_url(url)
     if concurrency is not None and concurrency < 1:
         raise ConfigError("--concurrency: must be at least 1")
     source, out = Path(options["input"]), Path(options["output"])
@@ -102,6 +124,15 @@ def _plan(options: dict[str, Any]) -> Plan:
     done = read_done(out, options["resume"])
     api_key = options["api_key"] or environment().get("OPENAI_API_KEY")
     return Plan(source, out, done, model, url, engine, concurrency, options["retry_s"], api_key)
+
+
+def _check_url(url: str) -> None:
+    """Raise ConfigError for what is no address of a server: endpoints are put behind it."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError(f"--url: must begin with http:// or https:// and a host, not {url!r}")
+    if parts.query or parts.fragment:
+        raise ConfigError(f"--url: is the server's address, without ? and #; got {url!r}")
 
 
 async def _run(plan: Plan, lines: BinaryIO, results: BinaryIO) -> Tally:

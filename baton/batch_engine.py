@@ -9,7 +9,7 @@ from typing import Final
 
 import msgspec
 
-from baton.batch import BadLine, BatchLine, Reply, Response
+from baton.batch import BatchLine, Reply, Response, endpoint_of
 from baton.in_process import InProcess
 from protocol.errors import RequestFailed, RequestRejected
 from protocol.request import FinishReason
@@ -42,11 +42,8 @@ class EngineTarget:
 
     async def answer(self, line: BatchLine) -> Reply:
         """Run one request; raises as `Target.answer` does, and EngineDead."""
-        kind = _KINDS.get(line.url)
-        read = _READ.get(line.url)
-        if kind is None and read is None:
-            known = ", ".join([*_KINDS, *_READ])
-            raise BadLine("invalid_url", f"url: one of {known}, not {line.url[:64]!r}", line.custom_id)
+        endpoint = endpoint_of(line, (*_KINDS, *_READ))
+        kind, read = _KINDS.get(endpoint), _READ.get(endpoint)
         core, request_id, body = self._engine.core, secrets.token_hex(12), encode_json(line.body)
         try:
             if read is not None:
@@ -92,7 +89,7 @@ async def _decide(core: Core, body: bytes) -> bytes:
     parsed: list[DecisionsRequest] = []
 
     def make() -> Inquiry:
-        parsed.append(parse(body, DecisionsRequest))
+        parsed.append(core.intake.named(parse(body, DecisionsRequest)))
         return inquiry_of(parsed[0])
 
     verdict = await decide(core, len(body), make, time.monotonic())

@@ -14,13 +14,12 @@ from typing import Any, Final, Self
 import aiohttp
 import msgspec
 
-from baton.batch import BadLine, BatchLine, Reply, Response, Unreachable
+from baton.batch import BatchLine, Reply, Response, Unreachable, endpoint_of
+from router.endpoints import ENDPOINTS
 
 LOWEST_PRIORITY: Final = (1 << 31) - 1
 CONNECT_BUDGET_S: Final = 10.0
-_PREFIX: Final = "/v1/"
-# These know no priority, and say nothing of whether others do.
-_WITHOUT_PRIORITY: Final = frozenset({"/v1/decisions", "/v1/embeddings"})
+_BY_TAG: Final = {row.path: row.tag for row in ENDPOINTS if row.method == "POST" and row.tag in ("generate", "read")}
 
 
 class ServerTarget:
@@ -47,15 +46,15 @@ class ServerTarget:
 
     async def answer(self, line: BatchLine) -> Reply:
         """Send one request; raises as `Target.answer` does."""
-        if not line.url.startswith(_PREFIX):
-            raise BadLine("invalid_url", f"url: must begin with {_PREFIX}, not {line.url[:64]!r}", line.custom_id)
-        if not self._has_priorities or "priority" in line.body or line.url in _WITHOUT_PRIORITY:
-            return await self._post(line.url, line.body)
-        reply = await self._post(line.url, {**line.body, "priority": LOWEST_PRIORITY})
+        path = endpoint_of(line, _BY_TAG)
+        # What is only read knows no priority, and says nothing of whether others do.
+        if not self._has_priorities or "priority" in line.body or _BY_TAG[path] == "read":
+            return await self._post(path, line.body)
+        reply = await self._post(path, {**line.body, "priority": LOWEST_PRIORITY})
         if reply.response.status_code != 400 or not _is_about_priority(reply.response.body):
             return reply
         self._has_priorities = False
-        return await self._post(line.url, line.body)
+        return await self._post(path, line.body)
 
     async def _post(self, path: str, body: Mapping[str, Any]) -> Reply:
         assert self._session is not None

@@ -2,7 +2,8 @@
 
 1. Parse: one sub-command per role, its options from the table in `baton/options.py`, in groups.
 2. Merge the sources, compose the role's config, find its model; anything wrong is one line and exit code 2.
-3. Import the role's module, only now, so that the router starts without torch, and run it until it ends.
+3. Import the role's module, only now, so that the router starts without torch, and run it until it ends. SIGHUP lets
+   it do 2. again (`baton/hangup.py`).
 
 `bench` and `run-batch` are no roles: they have options of their own and no file, and get the rest of the command line.
 
@@ -23,9 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from baton import config
-from baton.options import Option, options_of
-from baton.settings import Settings, merge
-from baton.values import switch
+from baton.command_line import add_options, spelled, unexpected
+from baton.hangup import Reloads, hold
+from baton.options import options_of
+from baton.settings import Settings, merge, misspelt
+from baton.values import did_you_mean
 from model.errors import ModelError
 from protocol.errors import BatonError, ConfigError
 
@@ -39,6 +42,7 @@ SUMMARIES = {
     "colocated": "run one worker that prefills and decodes",
 }
 BENCH = "bench"
+HELP = "help"
 RUN_BATCH = "run-batch"
 DISTRIBUTION = "baton-serve"
 MAX_DESCRIPTORS = 1 << 16
@@ -50,29 +54,64 @@ _MODEL_HELP = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code of the process."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments and arguments[0] == BENCH:
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == [HELP]:
+        given = [*given[1:2], "--help"]
+    if given[:1] == [BENCH]:
         from bench.cli import main as run_bench
 
-        return run_bench(arguments[1:])
-    if arguments and arguments[0] == RUN_BATCH:
+        return run_bench(given[1:])
+    if given[:1] == [RUN_BATCH]:
         from baton.batch_cli import main as run_batch
 
-        return run_batch(arguments[1:])
-    parsed = vars(build_parser().parse_args(arguments))
-    role = parsed["role"]
-    shows_traceback = parsed.get("log_level") == "debug"
+        return run_batch(given[1:])
+    name, shows_traceback = f" {given[0]}" if given and given[0] in SUMMARIES else "", False
     try:
+        hold()
+        parsed = parse(given)
+        shows_traceback = parsed.get("log_level") == "debug"
+        for line in misspelt(config.environment()):
+            print(f"baton{name}: {line}", file=sys.stderr)
         settings = settings_of(parsed)
         shows_traceback = settings["log_level"] == "debug"
-        return _run(settings)
+        return _run(Reloads(settings, lambda: settings_of(parsed)))
     except (BatonError, ModelError) as error:
         if shows_traceback:
             traceback.print_exc()
-        print(f"baton {role}: {error}", file=sys.stderr)
+        print(f"baton{name}: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError | ModelError) else 1
     except KeyboardInterrupt:
         return 130
+
+
+def parse(arguments: Sequence[str]) -> dict[str, Any]:
+    """Read the command line of a role.
+
+    Raises:
+        ConfigError: it names no command, or an option that there is not; with what was likely meant.
+        SystemExit: it asks for help, or an option lacks its value.
+    """
+    given = spelled(arguments)
+    if given and not given[0].startswith("-") and given[0] not in SUMMARIES:
+        raise _no_command(given[0])
+    parsed, rest = build_parser().parse_known_args(given)
+    found = vars(parsed)
+    if rest:
+        raise unexpected(found["role"], options_of(found["role"]), ("--config", "--model", "--help"), rest[0])
+    named = found.pop("model_by_option", None)
+    if named is not None and found.setdefault("model", named) != named:
+        raise ConfigError(f"--model: MODEL is given already: {found['model']}")
+    return found
+
+
+def _no_command(name: str) -> ConfigError:
+    from model.source import looks_like_a_model
+
+    commands = [command for command in (*SUMMARIES, RUN_BATCH, BENCH, HELP) if command not in UNLISTED]
+    meant = did_you_mean(name, commands)
+    if looks_like_a_model(name):
+        meant = f"; did you mean baton serve {name}?"
+    return ConfigError(f"there is no command {name!r}{meant} (commands: {', '.join(commands)})")
 
 
 def settings_of(parsed: dict[str, Any]) -> Settings:
@@ -104,43 +143,14 @@ def build_parser() -> argparse.ArgumentParser:
             allow_abbrev=False,
         )
         command.add_argument("model", metavar="MODEL", nargs="?", help=_MODEL_HELP)
+        command.add_argument("--model", metavar="MODEL", dest="model_by_option", help="the same, as an option")
         command.add_argument("--config", metavar="FILE", help="YAML file of options (BATON_CONFIG)")
-        _add_options(command, role)
-    # Listed only: `main` hands these two over before this parser sees their options.
+        add_options(command, options_of(role))
+    # Listed only: `main` hands these over before this parser sees their options.
+    commands.add_parser(HELP, help="list the options of a command: baton help serve", add_help=False)
     commands.add_parser(RUN_BATCH, help="answer a file of requests in OpenAI's batch format", add_help=False)
     commands.add_parser(BENCH, help="measure a server's latencies over OpenAI HTTP", add_help=False)
     return parser
-
-
-def _add_options(command: argparse.ArgumentParser, role: str) -> None:
-    groups: dict[str, argparse._ArgumentGroup] = {}
-    for option in options_of(role):
-        group = groups.setdefault(option.group, command.add_argument_group(option.group))
-        # A switch needs no value on the command line: naming it turns it on.
-        bare: dict[str, Any] = {"nargs": "?", "const": "true"} if option.parse is switch else {}
-        group.add_argument(
-            f"--{option.name}",
-            dest=option.key,
-            metavar=option.unit.upper() or "VALUE",
-            action="append" if option.is_list else "store",
-            help=argparse.SUPPRESS if option.is_hidden else describe(option).replace("%", "%%"),
-            **bare,
-        )
-
-
-def describe(option: Option) -> str:
-    """Give an option's help with its choices and default."""
-    choices = f" One of {', '.join(option.choices)}." if option.choices else ""
-    return f"{option.help}{choices} [{describe_default(option)}]"
-
-
-def describe_default(option: Option) -> str:
-    """Give an option's default in words, with its unit."""
-    if option.default_text:
-        return option.default_text
-    value = option.default_value()
-    shown = ", ".join(value) if isinstance(value, tuple) else f"{value:g}" if isinstance(value, float) else str(value)
-    return f"{shown} {option.unit}".strip() if value != 1 else shown
 
 
 def _version() -> str:
@@ -150,7 +160,8 @@ def _version() -> str:
         return "of a checkout that is not installed"
 
 
-def _run(settings: Settings) -> int:
+def _run(reloads: Reloads) -> int:
+    settings = reloads.settings
     logging.basicConfig(
         level=settings["log_level"].upper(),
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
@@ -161,19 +172,24 @@ def _run(settings: Settings) -> int:
     if settings.role == "serve":
         from baton.launch import serve
 
-        return serve(config.serve_config(settings))
+        return serve(config.serve_config(settings), reloads)
     import uvloop
 
     # An import makes much that stays and nothing that cycles: looking for garbage meanwhile takes a fifth of the start.
     gc.disable()
     try:
-        role = _role(settings)
+        role = _role(reloads)
     finally:
         # Nor is it ever looked through again: a walk through all of torch would hold up every stream.
         gc.freeze()
         gc.enable()
-    code: int = uvloop.run(role)
+    code: int = uvloop.run(_watched(role, reloads))
     return code
+
+
+async def _watched(role: Coroutine[Any, Any, int], reloads: Reloads) -> int:
+    reloads.watch()
+    return await role
 
 
 def _allow_descriptors() -> None:
@@ -184,13 +200,17 @@ def _allow_descriptors() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def _role(settings: Settings) -> Coroutine[Any, Any, int]:
+def _role(reloads: Reloads) -> Coroutine[Any, Any, int]:
     """Import a role and give the coroutine that runs it until it has drained."""
+    settings = reloads.settings
     model = config.resolve_model(settings, _say)
     if settings.role == "router":
         from router.app import run as run_router
 
-        return run_router(config.router_config(settings, model))
+        return run_router(
+            config.router_config(settings, model),
+            lambda reload: reloads.takers.append(lambda found: reload(config.router_config(found, model))),
+        )
     if settings.role == "prefill":
         from prefill.worker import run as run_prefill
 

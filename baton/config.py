@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import codecs
 import importlib.util
 import os
 import platform
@@ -16,8 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from baton.cores import CorePlan, CoreRequest, WorkerCores, plan_alone, plan_cores, plan_prefill
-from baton.options import OPTIONS
-from baton.settings import Settings
+from baton.settings import Settings, variables
 from decode.config import DecodeConfig
 from engine.config import EngineConfig, ServiceConfig
 from kvtransfer.config import TransferConfig
@@ -73,7 +73,7 @@ def environment() -> Mapping[str, str]:
 
 def child_environment() -> dict[str, str]:
     """Give a child's environment: ours without BATON_* (its command line says all), importing this very code."""
-    ours = {option.variable for option in OPTIONS} | {"BATON_MODEL", "BATON_CONFIG"}
+    ours = variables()
     kept = {name: value for name, value in os.environ.items() if name not in ours}
     here = str(Path(__file__).resolve().parent.parent)
     kept["PYTHONPATH"] = os.pathsep.join([here, *filter(None, [kept.get("PYTHONPATH")])])
@@ -97,11 +97,11 @@ def computes_on_gpu(settings: Settings) -> bool:
 
 
 def read_secret(path: str | None) -> bytes:
-    """Read the cluster secret, less surrounding white space."""
+    """Read the cluster secret, less surrounding white space and what editors put before a text."""
     if path is None:
         raise ConfigError("secret-file: this role needs the cluster secret: a file with at least 16 random bytes")
     try:
-        secret = Path(path).expanduser().read_bytes().strip()
+        secret = Path(path).expanduser().read_bytes().removeprefix(codecs.BOM_UTF8).strip()
     except OSError as error:
         raise ConfigError(f"secret-file: cannot read {path}: {error.strerror or error}") from None
     if len(secret) < MIN_SECRET_BYTES:
@@ -268,6 +268,6 @@ def _service(settings: Settings, *, suffix: str = "", admin_port: int | None = N
 
 def _read_text(option: str, path: str) -> str:
     try:
-        return Path(path).expanduser().read_text(encoding="utf-8")
+        return Path(path).expanduser().read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{option}: cannot read {path}: {error}") from None

@@ -23,8 +23,8 @@ import traceback
 from setproctitle import setproctitle
 
 from baton import config
-from baton.cli import build_parser, settings_of
 from baton.cli import main as run_baton
+from baton.cli import parse, settings_of
 from baton.nursery import MAX_MESSAGE_BYTES, await_parent
 from model.errors import ModelError
 from protocol.errors import BatonError, ConfigError
@@ -84,7 +84,7 @@ def _preload(example: list[str]) -> None:
         return
     # What is wrong with the model is said by the first worker that loads it.
     with contextlib.suppress(BatonError, ModelError, OSError):
-        settings = settings_of(vars(build_parser().parse_args(example)))
+        settings = settings_of(parse(example))
         if not config.computes_on_gpu(settings):
             model = config.resolve_model(settings, lambda _: None)
             preload(config.engine_config(settings, model), config.cache_dir(settings))

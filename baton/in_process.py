@@ -2,6 +2,7 @@
 
     configure ─► start: tokenizer, weights, router, workers attach ─► core takes requests ─► close
                                                                         └─ compute thread dies ─► DEAD: requests fail
+                                                                        └─ its event loop ends ─► DEAD
 
 1. `configure` merges keyword arguments with BATON_ variables, as the command does, and finds the model's files.
 2. The router is the one that serves HTTP, without its ports; both workers are those of colocated mode, over one pool.
@@ -13,9 +14,10 @@
 from __future__ import annotations
 
 import asyncio
-import difflib
 import logging
+import os
 import secrets
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +27,8 @@ from baton.colocated import ColocatedConfig, ColocatedWorkers
 from baton.config import cache_dir, engine_config, environment, resolve_model
 from baton.options import in_process_options
 from baton.settings import Settings, merge
+from baton.values import did_you_mean
+from baton.vllm_names import ALIASES, ELSEWHERE
 from decode.config import DecodeConfig
 from engine.compute_loop import ComputeLoop
 from engine.config import ServiceConfig
@@ -65,12 +69,7 @@ def configure(model: str, options: Mapping[str, Any]) -> InProcessConfig:
         ConfigError: an option is unknown or its value cannot be used.
         ModelError: there is no such model.
     """
-    accepted = in_process_options()
-    for name in options:
-        if name not in accepted:
-            close = difflib.get_close_matches(name, accepted, n=1)
-            raise ConfigError(f"{name}: no such option" + (f"; did you mean {close[0]}?" if close else ""))
-    given = {key: accepted[key].read(value, key) for key, value in options.items() if value is not None}
+    given = _read(options)
     settings, for_router = (_settings(role, model, given) for role in ("colocated", "router"))
     found = resolve_model(settings, log.info)
     template, secret = for_router["chat_template"], secrets.token_bytes(32)
@@ -108,16 +107,27 @@ class InProcess:
         self._compute: ComputeLoop | None = None
         self._running: asyncio.Task[int] | None = None
         self._is_closing = False
+        self._tokenizer: Tokenizer | None = None
+        self._home: tuple[int, asyncio.AbstractEventLoop] | None = None
         self.failure: EngineDead | None = None
 
     @property
     def core(self) -> Core:
-        """Where requests go. Raises EngineDead when nobody is there to compute them."""
+        """Where requests go. Raises EngineDead when nobody is there to compute them, or they come from elsewhere."""
         if self.failure is not None:
             raise self.failure
+        if self._home is not None and self._home != (os.getpid(), asyncio.get_running_loop()):
+            raise EngineDead("the engine lives in the process, and on the event loop, that started it: make one here")
         if self._router is None or self._is_closing:
             raise EngineDead("the engine is not running: it was closed, or not started")
         return self._router.core
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's, also after the end. Raises EngineDead before the start."""
+        if self._tokenizer is None:
+            raise EngineDead("the engine is not started")
+        return self._tokenizer
 
     @property
     def model_name(self) -> str:
@@ -138,7 +148,10 @@ class InProcess:
 
         Raises:
             ConfigError: model, device or sizes cannot be used.
+            EngineDead: the main thread has ended, after which Python lets no thread pool work.
         """
+        if not threading.main_thread().is_alive():
+            raise EngineDead("the main thread has ended: let it wait for this one, with join()")
         try:
             await self._start()
         except BaseException:
@@ -148,8 +161,10 @@ class InProcess:
     async def _start(self) -> None:
         config = self._config
         engine = config.workers.prefill.engine
+        self._home = os.getpid(), asyncio.get_running_loop()
         pin_process(engine.cores)
         tokenizer = await asyncio.to_thread(Tokenizer, config.router.model_path, config.router.chat_template)
+        self._tokenizer = tokenizer
         model = await asyncio.to_thread(load, engine, log.info, config.cache_dir)
         self._router = Router(config.router, tokenizer)
         self._running = self._attach(model, self._router.start_in_process())
@@ -189,13 +204,44 @@ class InProcess:
             await router.close()
         self._router = self._workers = self._compute = self._running = None
 
+    def leave(self) -> None:
+        """Close soon, whoever is asking, on whatever thread: nobody can reach it any more."""
+        if self._home is None or self._home[0] != os.getpid() or self._is_closing:
+            return
+        if not self._home[1].is_closed():
+            asyncio.run_coroutine_threadsafe(self.close(), self._home[1])
+        elif self._compute is not None:
+            self._compute.dismiss()
+
     def _ended(self, running: asyncio.Task[int]) -> None:
         if self._is_closing:
             return
-        self.failure = EngineDead("the engine ended: its compute thread died; the log says why")
+        if running.cancelled():
+            self.failure = EngineDead("the engine ended with the event loop that started it: one engine, one loop")
+            if self._compute is not None:
+                self._compute.dismiss()
+        else:
+            self.failure = EngineDead("the engine ended: its compute thread died; the log says why")
         if self._router is not None:
             self._router.switchboard.is_draining = True
             self._router.switchboard.abandon()
+
+
+def _read(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values by our keys of options under our names or vLLM's. Raises ConfigError."""
+    accepted, given = in_process_options(), {}
+    for name, value in options.items():
+        key = ALIASES.get(name, name)
+        if key not in accepted and name in ELSEWHERE:
+            if value is not None:
+                ELSEWHERE[name].check(name, value)
+        elif key not in accepted:
+            raise ConfigError(f"{name}: no such option{did_you_mean(name, [*accepted, *ALIASES, *ELSEWHERE])}")
+        elif value is not None and key in given:
+            raise ConfigError(f"{name}: is the same as {key}; give one of them")
+        elif value is not None:
+            given[key] = accepted[key].read(value, name)
+    return given
 
 
 def _settings(role: str, model: str, given: Mapping[str, Any]) -> Settings:
@@ -206,6 +252,6 @@ def _settings(role: str, model: str, given: Mapping[str, Any]) -> Settings:
 
 def _read_text(path: str) -> str:
     try:
-        return Path(path).expanduser().read_text(encoding="utf-8")
+        return Path(path).expanduser().read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"chat_template: cannot read {path}: {error}") from None

@@ -2,13 +2,14 @@
 
 1. Bind both listening sockets, so that a busy port is told before anything is fetched or started.
 2. Find the model once; the children get its path.
-3. Make private folders with the cluster secret, unless a secret file was given, and with API keys, if some were.
+3. Make a private folder for what children are told in files (`baton/private_files.py`).
 4. Start the children. Workers are forked by a nursery, which imports torch once for all of them and never again. The
    router inherits the sockets, which stay open here: clients that connect while it is being restarted wait in the queue
    instead of being refused.
 5. Ask the router's /health until a pair of workers is ready, then say where and how to use it.
 6. On SIGTERM or SIGINT: the router ends its streams first, then the workers end; a second signal, or the budget
    running out, kills what is left. The folder is removed.
+7. On SIGHUP the sources are read again, the files rewritten, and the children asked to read them: nothing ends.
 """
 
 from __future__ import annotations
@@ -17,17 +18,14 @@ import asyncio
 import contextlib
 import errno
 import json
-import secrets
 import shlex
 import signal
 import socket
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 from urllib.parse import urlsplit
 
 from baton.config import (
@@ -36,18 +34,20 @@ from baton.config import (
     child_environment,
     computes_on_gpu,
     resolve_model,
+    serve_config,
     without_decode,
 )
 from baton.cores import WorkerCores
+from baton.hangup import Reloads
 from baton.nursery import Nursery
 from baton.options import options_of
+from baton.private_files import PrivateFiles, private_files
 from baton.settings import Settings
 from baton.startup import Startup, new_startup
 from baton.supervisor import ChildSpec, Supervisor
 from protocol.errors import ConfigError
 
 BACKLOG = 1024
-SECRET_BYTES = 32
 HEALTH_EVERY_S = 0.05
 HEALTH_BUDGET_S = 2.0
 KILL_GRACE_S = 2.0
@@ -78,8 +78,12 @@ class Sockets:
         self.control.close()
 
 
-def serve(config: ServeConfig) -> int:
+def serve(config: ServeConfig, reloads: Reloads) -> int:
     """Run everything on this machine until a signal ends it; return the exit code.
+
+    Args:
+        config: of the children.
+        reloads: what SIGHUP changes.
 
     Raises ConfigError (busy port), ModelError, or ChildrenFailed.
     """
@@ -88,10 +92,16 @@ def serve(config: ServeConfig) -> int:
         model = resolve_model(config.settings, lambda line: print(line, file=sys.stderr, flush=True))
         if model.is_encoder:
             config = without_decode(config)
-        with secret_file(config.settings) as secret_path, key_files(config.settings) as key_paths:
-            specs = child_specs(config, model, sockets, secret_path, key_paths)
+        with private_files(config.settings) as files:
+
+            def take(found: Settings) -> None:
+                serve_config(found)
+                files.write(found)
+
+            reloads.takers.append(take)
+            specs = child_specs(config, model, sockets, files)
             name = served_names(config.settings, model)[0]
-            return asyncio.run(supervise(config, specs, sockets, name, model.is_encoder))
+            return asyncio.run(supervise(config, specs, sockets, reloads, name, model.is_encoder))
 
 
 def bind(settings: Settings) -> Sockets:
@@ -122,46 +132,15 @@ def _bind_one(option: str, host: str, port: int) -> socket.socket:
     return found
 
 
-@contextlib.contextmanager
-def secret_file(settings: Settings) -> Iterator[str]:
-    """Give the path of the cluster secret: the user's file, or a fresh one in a private folder removed at the end."""
-    if settings["secret_file"] is not None:
-        yield settings["secret_file"]
-        return
-    with tempfile.TemporaryDirectory(prefix="baton-") as folder:  # made with mode 0700
-        path = Path(folder) / "secret"
-        path.touch(mode=0o600)
-        path.write_text(secrets.token_bytes(SECRET_BYTES).hex())
-        yield str(path)
-
-
-@contextlib.contextmanager
-def key_files(settings: Settings) -> Iterator[tuple[str, ...]]:
-    """Give the files with API keys: the user's, and a private one with the keys that were given as such.
-
-    No key appears on the command line of a child, where everybody on this machine could read it.
-    """
-    given: tuple[str, ...] = settings["api_key_file"]
-    if not settings["api_key"]:
-        yield given
-        return
-    with tempfile.TemporaryDirectory(prefix="baton-") as folder:  # made with mode 0700
-        path = Path(folder) / "api-keys"
-        path.touch(mode=0o600)
-        path.write_text("".join(f"{key}\n" for key in settings["api_key"]))
-        yield (*given, str(path))
-
-
 def child_specs(
-    config: ServeConfig, model: ResolvedModel, sockets: Sockets, secret_path: str, key_paths: tuple[str, ...] = ()
+    config: ServeConfig, model: ResolvedModel, sockets: Sockets, files: PrivateFiles
 ) -> tuple[ChildSpec, ...]:
     """Describe every child: the router and the workers, each with the options that were given and apply to it."""
     settings = config.settings
     fds = (sockets.http.fileno(), sockets.control.fileno())
-    shared: dict[str, Any] = {"secret_file": secret_path}
+    shared: dict[str, Any] = {"config": files.options, "secret_file": files.secret}
     names = served_names(settings, model)
     router = shared | {"served_model_name": names, "http_fd": fds[0], "control_fd": fds[1]} | _grpc_option(settings)
-    router |= {"api_key": (), "api_key_file": key_paths}
     # SIGTERM means to a router with inherited sockets that a successor takes over; here everything ends.
     command = child_command(settings, "router", model, router)
     specs = [ChildSpec("router", command, ROUTER_STAGE, fds, stop_signal=signal.SIGINT)]
@@ -200,8 +179,10 @@ def _grpc_option(settings: Settings) -> dict[str, Any]:
 def _memory_option(config: ServeConfig) -> dict[str, Any]:
     """Divide a GPU's memory among the workers of this machine, who would each take most of it; the user's word wins."""
     settings = config.settings
-    fixed = {"kv_memory_share", "kv_cache_gib", "num_kv_blocks"} & set(settings.given)
-    if fixed or not computes_on_gpu(settings):
+    fixed = {"kv_memory_share", "kv_cache_gib", "num_kv_blocks"} & settings.given
+    # Under vLLM's name it is the share of everything that runs here, as it is there.
+    is_whole = fixed == {"kv_memory_share"} and "gpu_memory_utilization" in settings.given
+    if fixed and not is_whole or not computes_on_gpu(settings):
         return {}
     num_workers = 1 if config.cores is None else len(config.cores.prefill) + len(config.cores.decode)
     return {"kv_memory_share": settings["kv_memory_share"] / num_workers}
@@ -212,9 +193,14 @@ def _core_options(share: WorkerCores) -> dict[str, Any]:
 
 
 def child_command(settings: Settings, role: str, model: ResolvedModel, overrides: Mapping[str, Any]) -> tuple[str, ...]:
-    """Write the command line of one child: what the user gave as far as the role takes it, and the overrides."""
-    command = [*BATON, role, model.reference]
+    """Write the command line of one child: what the user gave as far as the role takes it, and the overrides.
+
+    Options that may change while it runs are not on it: it finds them in the file that `config` of the overrides names.
+    """
+    command = [*BATON, role, model.reference, f"--config={overrides['config']}"]
     for option in options_of(role):
+        if option.reloads:
+            continue
         if option.key in overrides:
             value = overrides[option.key]
         elif option.key in settings.given:
@@ -230,7 +216,12 @@ def child_command(settings: Settings, role: str, model: ResolvedModel, overrides
 
 
 async def supervise(
-    config: ServeConfig, specs: tuple[ChildSpec, ...], sockets: Sockets, served_name: str, is_encoder: bool = False
+    config: ServeConfig,
+    specs: tuple[ChildSpec, ...],
+    sockets: Sockets,
+    reloads: Reloads,
+    served_name: str,
+    is_encoder: bool = False,
 ) -> int:
     """Run the children until a signal; see this module's life cycle from step 4."""
     stop, hurry = asyncio.Event(), asyncio.Event()
@@ -243,6 +234,8 @@ async def supervise(
     supervisor = Supervisor(specs, startup.on_line, environment, nursery=nursery)
     nursery.start()
     supervisor.start()
+    reloads.takers.append(lambda _: supervisor.reload())
+    reloads.watch()
     await asyncio.sleep(0)  # the children are on their way before the display takes time to come up
     try:
         url = _reachable_url(sockets.http)
@@ -255,11 +248,17 @@ async def supervise(
         # When the start failed there is nothing to wait for: what still runs is only told to end.
         budget_s = config.drain_s + KILL_GRACE_S if stop.is_set() else KILL_GRACE_S
         if stop.is_set():
-            print(f"ending: running requests have {config.drain_s:g} s", file=sys.stderr, flush=True)
+            _say(f"ending: running requests have {config.drain_s:g} s")
         if not await supervisor.drain(budget_s, hurry):
-            print("ended by force: not everything had finished", file=sys.stderr, flush=True)
+            _say("ended by force: not everything had finished")
         await nursery.close()
     return 0
+
+
+def _say(line: str, stream: TextIO | None = None) -> None:
+    """Write a line, standard error's unless told otherwise, to whoever is still there to read it."""
+    with contextlib.suppress(OSError):
+        print(line, file=stream or sys.stderr, flush=True)
 
 
 def _listen_for_signals(stop: asyncio.Event, hurry: asyncio.Event) -> None:
@@ -268,7 +267,7 @@ def _listen_for_signals(stop: asyncio.Event, hurry: asyncio.Event) -> None:
     def on_signal() -> None:
         (hurry if stop.is_set() else stop).set()
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, on_signal)
 
 
@@ -346,7 +345,7 @@ def _announce(
     if is_encoder:
         path, body = "embeddings", json.dumps({"model": served_name, "input": "Why is the sky blue?"})
     lines.append(f"try: curl -N {url}/v1/{path} -H 'Content-Type: application/json' -d {shlex.quote(body)}")
-    print("\n".join(lines), flush=True)
+    _say("\n".join(lines), sys.stdout)
 
 
 def _reachable_url(listening: socket.socket) -> str:

@@ -173,7 +173,7 @@ class Nursery:
             env=self._environment,
             pass_fds=(fd,),
             start_new_session=True,
-            preexec_fn=lambda: die_with(parent_pid),
+            preexec_fn=lambda: begin_as_child(parent_pid),
         )
 
     async def _hear_ready(self, nursery: socket.socket) -> bool:
@@ -182,6 +182,12 @@ class Nursery:
                 return bool(await asyncio.get_running_loop().sock_recv(nursery, MAX_MESSAGE_BYTES))
         except (OSError, TimeoutError):
             return False
+
+
+def begin_as_child(parent_pid: int) -> None:
+    """Die with the parent, and let no SIGHUP that comes before it can be answered end this process."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    die_with(parent_pid)
 
 
 def die_with(parent_pid: int) -> None:

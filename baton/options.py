@@ -8,15 +8,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields
 from typing import Any, Final
 
-from baton.values import core_set, number, switch, text, whole
+from baton.option import Option
+from baton.values import core_set, number, switch, text, type_name, whole
 from decode.config import DecodeConfig
-from engine.config import EngineConfig, ServiceConfig
+from engine.config import DEVICES, GRAMMAR_BACKENDS, KERNELS, QUANTIZATIONS, EngineConfig, ServiceConfig
 from kvtransfer.config import TransferConfig
 from prefill.config import POOLINGS, PrefillConfig
-from protocol.errors import ConfigError
+from protocol.kv_layout import DTYPE_BYTES
 from router.access_log import STYLES
 from router.config import RouterConfig
 
@@ -30,85 +30,8 @@ ROLES = ("serve", "router", "prefill", "decode", "colocated")
 
 MODES = ("disaggregated", "colocated")
 LOG_LEVELS = ("debug", "info", "warning", "error")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Option:
-    """One option.
-
-    Attributes:
-        name: as on the command line, without the two dashes; `_` for `-` in files, BATON_ and upper case in variables.
-        group: heading in the help.
-        roles: the commands that take it.
-        parse: makes a value out of text, or out of what YAML gave; raises ValueError.
-        help: one sentence.
-        unit: of the value; empty where there is none.
-        fills: (config dataclass, field) pairs that receive the value.
-        default: where no dataclass has one.
-        default_text: what the help says where the default depends on the machine or the command.
-        choices: the values allowed, or empty.
-        bounds: smallest and largest value allowed; None leaves that side open or to the dataclass.
-        is_list: may be repeated; in a variable the values are separated by commas.
-        is_hidden: for the supervisor's own use; absent from help, docs, environment and file.
-    """
-
-    name: str
-    group: str
-    roles: frozenset[str]
-    parse: Callable[[object], Any]
-    help: str
-    unit: str = ""
-    fills: tuple[tuple[type, str], ...] = ()
-    default: Any = None
-    default_text: str = ""
-    choices: tuple[str, ...] = ()
-    bounds: tuple[float | None, float | None] = (None, None)
-    is_list: bool = False
-    is_hidden: bool = False
-
-    @property
-    def key(self) -> str:
-        """Give the name as files and Python spell it."""
-        return self.name.replace("-", "_")
-
-    @property
-    def variable(self) -> str:
-        """Give the environment variable that sets it."""
-        return "BATON_CACHE" if self.name == "cache-dir" else f"BATON_{self.key.upper()}"
-
-    def default_value(self) -> Any:
-        """Give the default: that of the first field it fills, else its own."""
-        for owner, name in self.fills:
-            for field in fields(owner):
-                if field.name == name and field.default is not MISSING:
-                    return field.default
-        return self.default
-
-    def read(self, value: object, source: str) -> Any:
-        """Turn what a source gave into a checked value; raise ConfigError that names source and reason."""
-        try:
-            if self.is_list:
-                items = value if isinstance(value, list | tuple) else [value]
-                if not items:
-                    raise ValueError("expected at least one value")
-                return tuple(self._read_one(item) for item in items)
-            return self._read_one(value)
-        except ValueError as error:
-            hint = ""
-            if isinstance(value, str) and value.startswith("tcp://") and source == self.variable:
-                hint = " (Kubernetes sets this for a service called baton: set enableServiceLinks: false)"
-            raise ConfigError(f"{source}: {error}{hint}") from None
-
-    def _read_one(self, value: object) -> Any:
-        parsed = self.parse(value)
-        if self.choices and parsed not in self.choices:
-            raise ValueError(f"expected one of {', '.join(self.choices)}; got {parsed!r}")
-        low, high = self.bounds
-        if low is not None and parsed < low:
-            raise ValueError(f"must be at least {low:g}, got {parsed}")
-        if high is not None and parsed > high:
-            raise ValueError(f"must be at most {high:g}, got {parsed}")
-        return parsed
+BLOCK_SIZES = (8, 16, 32, 64, 128)
+DTYPES = ("auto", *DTYPE_BYTES)
 
 
 _GRAMMAR_BUDGETS: Final = {
@@ -134,15 +57,17 @@ def _served_model() -> tuple[Option, ...]:
             default_text="what model and KV pool allow", help="Longest prompt plus output.",
         ),
         Option(
-            name="dtype", group=group, roles=cpu_roles, parse=text, fills=((EngineConfig, "dtype"),),
-            help="Type of weights and activations; auto is float32 on a CPU and bfloat16 on a GPU.",
+            name="dtype", group=group, roles=cpu_roles, parse=type_name, fills=((EngineConfig, "dtype"),),
+            choices=DTYPES, help="Type of weights and activations; auto is float32 on a CPU and bfloat16 on a GPU.",
         ),
         Option(
             name="quantization", group=group, roles=cpu_roles, parse=text, fills=((EngineConfig, "quantization"),),
-            help="auto keeps a GGUF file's own on a CPU unless dtype is given; none, stored, int8, int4; fp8 on a GPU.",
+            choices=QUANTIZATIONS,
+            help="Of weights; auto keeps a GGUF file's own on a CPU unless dtype is given; fp8 is for a GPU.",
         ),
         Option(
             name="kernels", group=group, roles=cpu_roles, parse=text, fills=((EngineConfig, "kernels"),),
+            choices=KERNELS,
             help="auto takes native on a CPU, triton on a GPU; either name insists on its own, torch avoids both.",
         ),
         Option(
@@ -152,7 +77,7 @@ def _served_model() -> tuple[Option, ...]:
         ),
         Option(
             name="grammar-backend", group=group, roles=cpu_roles, parse=text,
-            fills=((EngineConfig, "grammar_backend"),),
+            fills=((EngineConfig, "grammar_backend"),), choices=GRAMMAR_BACKENDS,
             help="Library behind structured output; auto takes llguidance. xgrammar must be installed beside Baton.",
         ),
         *(
@@ -164,7 +89,7 @@ def _served_model() -> tuple[Option, ...]:
         ),
         Option(
             name="device", group=group, roles=cpu_roles, parse=text, fills=((EngineConfig, "device"),),
-            help="cpu, cuda, or auto: a GPU where torch sees one.",
+            choices=DEVICES, help="What computes; auto is a GPU where torch sees one.",
         ),
         Option(
             name="chat-template", group=group, roles=SERVE | ROUTER, parse=text, unit="path",
@@ -247,10 +172,11 @@ def _memory() -> tuple[Option, ...]:
     return (
         Option(
             name="block-size", group=group, roles=roles, parse=whole, unit="tokens",
-            fills=((EngineConfig, "block_size"),), help="Tokens per KV block: 8, 16, 32, 64 or 128.",
+            fills=((EngineConfig, "block_size"),), choices=BLOCK_SIZES, help="Tokens per KV block.",
         ),
         Option(
-            name="kv-cache-dtype", group=group, roles=roles, parse=text, fills=((EngineConfig, "kv_cache_dtype"),),
+            name="kv-cache-dtype", group=group, roles=roles, parse=type_name, choices=DTYPES,
+            fills=((EngineConfig, "kv_cache_dtype"),), 
             help="Type of keys and values; auto is float16 where weights are quantised, else dtype.",
         ),
         Option(

@@ -40,9 +40,20 @@ class CompletionOutput:
     finish_reason: str | None = None
     stop_reason: str | int | None = None
 
-    def add(self, piece: Piece, tokenizer: Tokenizer, num_logprobs: int | None) -> None:
+    @property
+    def cumulative_logprob(self) -> float | None:
+        """The sum of the tokens' log probabilities; None if not asked."""
+        if self.logprobs is None:
+            return None
+        return sum(told[token_id].logprob for token_id, told in zip(self.token_ids, self.logprobs, strict=True))
+
+    def finished(self) -> bool:
+        """Whether it is complete."""
+        return self.finish_reason is not None
+
+    def add(self, piece: Piece, tokenizer: Tokenizer, num_logprobs: int | None, has_text: bool = True) -> None:
         """Append what a piece brings."""
-        self.text += piece.text
+        self.text += piece.text if has_text else ""
         self.token_ids += piece.token_ids
         self.finish_reason = None if piece.finish_reason is None else str(piece.finish_reason)
         self.stop_reason = piece.stop_reason
@@ -54,6 +65,20 @@ class CompletionOutput:
 
 
 @dataclass(slots=True)
+class RequestMetrics:
+    """When what happened, in seconds on the monotonic clock; None is yet to come."""
+
+    arrival_time: float
+    first_token_time: float | None = None
+    finished_time: float | None = None
+
+    def note(self, now_s: float, is_finished: bool) -> None:
+        """Note that tokens have come."""
+        self.first_token_time = now_s if self.first_token_time is None else self.first_token_time
+        self.finished_time = now_s if is_finished else None
+
+
+@dataclass(slots=True)
 class RequestOutput:
     """What there is of one request.
 
@@ -62,6 +87,7 @@ class RequestOutput:
         outputs: its choices.
         finished: whether every choice is complete.
         num_cached_tokens: prompt tokens whose KV was there already.
+        metrics: when it came, had its first token, and was finished.
         prompt_logprobs: for each token of the prompt, as `logprobs` of a choice; None for the first; None if not asked.
     """
 
@@ -72,6 +98,7 @@ class RequestOutput:
     finished: bool = False
     num_cached_tokens: int = 0
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    metrics: RequestMetrics | None = None
 
 
 def logprobs_of(tokenizer: Tokenizer, token_id: int, told: TokenLogprobs, num_top: int) -> dict[int, Logprob]:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from baton.options import BY_KEY, Option, options_of
+from baton.option import Option
+from baton.options import BY_KEY, OPTIONS, options_of
+from baton.values import did_you_mean
+from baton.vllm_names import ALIASES, ELSEWHERE
 from protocol.errors import ConfigError
+
+OTHER_VARIABLES = ("BATON_MODEL", "BATON_CONFIG")
+_PREFIX = "BATON_"
+# How like a variable of ours one must be, behind the prefix, to be taken for a slip: those of others are not spoken of.
+_SLIP = 0.7
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +29,7 @@ class Settings:
         role: the command.
         model: the model reference as given.
         values: value of every option that the command takes.
-        given: keys that came from the command line, the environment or the file.
+        given: keys that came from the command line, the environment or the file, and the aliases that they came under.
     """
 
     role: str
@@ -50,26 +57,57 @@ def merge(role: str, arguments: Mapping[str, object], environment: Mapping[str, 
 
     Args:
         role: the command.
-        arguments: what the command line gave, as text by key; `model` among them.
+        arguments: what the command line gave, as text by key, ours or vLLM's; `model` among them.
         environment: the process environment.
         file: YAML file, or None.
 
     Raises ConfigError that names source, option and reason.
     """
     from_file = read_file(file) if file is not None else {}
+    for key, value in arguments.items():
+        if key in ELSEWHERE:
+            ELSEWHERE[key].check(f"--{key.replace('_', '-')}", value)
     values: dict[str, Any] = {}
     given: set[str] = set()
     for option in options_of(role):
         found = _first_source(option, arguments, environment, from_file, file)
         if found is not None:
-            values[option.key] = option.read(*found)
-            given.add(option.key)
+            value, source, key = found
+            values[option.key] = option.read(value, source)
+            given |= {option.key, key}
         else:
             values[option.key] = option.default_value()
     model = arguments.get("model") or environment.get("BATON_MODEL") or from_file.get("model")
     if not isinstance(model, str) or not model:
-        raise ConfigError("MODEL: name the model to serve: a directory, a .gguf file, a hub id, or smollm2")
+        raise ConfigError(
+            "MODEL: name the model to serve: a directory, a .gguf file, a hub id, or smollm2, "
+            f"as in: baton {role} smollm2"
+        )
     return Settings(role, model, values, frozenset(given))
+
+
+def variable_of(key: str) -> str:
+    """Give the environment variable that sets an option, by its key or an alias of it."""
+    return BY_KEY[key].variable if key in BY_KEY else f"{_PREFIX}{key.upper()}"
+
+
+def variables() -> frozenset[str]:
+    """Give every environment variable that is read here."""
+    options = (variable_of(option.key) for option in OPTIONS if not option.is_hidden)
+    return frozenset((*options, *map(variable_of, ALIASES), *OTHER_VARIABLES))
+
+
+def misspelt(environment: Iterable[str]) -> list[str]:
+    """Give a line for each variable that is none of ours, and very like one."""
+    known = variables()
+    ours = sorted(name.removeprefix(_PREFIX) for name in known)
+    lines = []
+    for name in sorted(environment):
+        if name.startswith(_PREFIX) and name not in known:
+            if meant := did_you_mean(name.removeprefix(_PREFIX), ours, _SLIP):
+                question = meant.replace("mean ", f"mean {_PREFIX}")
+                lines.append(f"{name} is not read: there is no such variable{question}")
+    return lines
 
 
 def _first_source(
@@ -78,24 +116,34 @@ def _first_source(
     environment: Mapping[str, str],
     from_file: Mapping[str, object],
     file: Path | None,
-) -> tuple[object, str] | None:
-    """Give (value, name of the source) from the strongest source that sets the option."""
-    if option.key in arguments:
-        return arguments[option.key], f"--{option.name}"
+) -> tuple[object, str, str] | None:
+    """Give (value, name of the source, key used) from the strongest source that sets the option."""
+    keys = (option.key, *option.aliases)
+    if key := _only([key for key in keys if key in arguments], "--", "-"):
+        return arguments[key], f"--{key.replace('_', '-')}", key
     if option.is_hidden:
         return None
-    if text := environment.get(option.variable):
+    if key := _only([key for key in keys if environment.get(variable_of(key))], _PREFIX, "_"):
+        text = environment[variable_of(key)]
         value = [part.strip() for part in text.split(",")] if option.is_list else text
-        return value, option.variable
-    if from_file.get(option.key) is not None:
-        return from_file[option.key], f"{file}: {option.key}"
+        return value, variable_of(key), key
+    if key := _only([key for key in keys if from_file.get(key) is not None], f"{file}: ", "_"):
+        return from_file[key], f"{file}: {key}", key
     return None
+
+
+def _only(found: list[str], before: str, dash: str) -> str:
+    """Give the one key under which a source sets an option, or nothing. Raises ConfigError for two."""
+    if len(found) > 1:
+        first, second = (before + key.replace("_", dash) for key in found[:2])
+        raise ConfigError(f"{second}: is the same as {first}; give one of them")
+    return found[0] if found else ""
 
 
 def read_file(path: Path) -> dict[str, object]:
     """Read a YAML file of options; one file may serve every role. Raises ConfigError for an unknown key."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"--config: cannot read {path}: {error.strerror or error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -105,12 +153,15 @@ def read_file(path: Path) -> dict[str, object]:
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected options as `name: value`, got {type(content).__name__}")
     found: dict[str, object] = {}
-    known = {"model", *(key for key, option in BY_KEY.items() if not option.is_hidden)}
+    known = {"model", *ALIASES, *(key for key, option in BY_KEY.items() if not option.is_hidden)}
     for name, value in content.items():
         key = str(name).replace("-", "_")
+        if key in ELSEWHERE:
+            if value is not None:
+                ELSEWHERE[key].check(f"{path}: {name}", value)
+            continue
         if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            raise ConfigError(f"{path}: unknown option {name!r}" + (f"; did you mean {close[0]}?" if close else ""))
+            raise ConfigError(f"{path}: unknown option {name!r}{did_you_mean(key, sorted(known))}")
         if key in found:
             raise ConfigError(f"{path}: {key} is set twice")
         found[key] = value

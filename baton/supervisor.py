@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from baton.nursery import AdoptedProcess, Nursery, die_with
+from baton.nursery import AdoptedProcess, Nursery, begin_as_child
 from protocol.errors import BatonError
 
 EXIT_UNUSABLE = 2
@@ -119,6 +119,11 @@ class Supervisor:
         """Give the process id of each child by name, None for one that is not running."""
         return {child.spec.name: _pid(child) for child in self._children}
 
+    def reload(self) -> None:
+        """Ask every child that runs to read its configuration again; one that is started later does so anyway."""
+        for child in self._children:
+            _signal(child, signal.SIGHUP)
+
     async def failed(self) -> None:
         """Wait until the set cannot be brought up, then raise ChildrenFailed. Cancel-safe."""
         await asyncio.shield(self._failure)
@@ -162,7 +167,8 @@ class Supervisor:
             if not self._is_ready and (code == EXIT_UNUSABLE or child.num_failures >= policy.max_attempts):
                 self._give_up(child, code)
                 return
-            self._on_line(child.spec.name, f"{_describe_exit(code)}; starting again in {pause_s:g} s")
+            with contextlib.suppress(OSError):
+                self._on_line(child.spec.name, f"{_describe_exit(code)}; starting again in {pause_s:g} s")
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), pause_s)
             pause_s = min(pause_s * 2, policy.longest_s)
@@ -204,7 +210,7 @@ class Supervisor:
             env=self._environment,
             pass_fds=spec.pass_fds,
             start_new_session=True,
-            preexec_fn=lambda: die_with(parent_pid),
+            preexec_fn=lambda: begin_as_child(parent_pid),
         )
 
     async def _read(self, child: _Child, read_fd: int) -> None:
@@ -226,7 +232,9 @@ class Supervisor:
 
     def _take_line(self, child: _Child, line: str) -> None:
         child.last_lines.append(line)
-        self._on_line(child.spec.name, line)
+        # Who reads our own output may be gone; the children's is read all the same, or they would wait to write.
+        with contextlib.suppress(OSError):
+            self._on_line(child.spec.name, line)
 
     def _give_up(self, child: _Child, code: int) -> None:
         tail = "\n".join(f"    {line}" for line in child.last_lines) or "    (it wrote nothing)"

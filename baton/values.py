@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import math
+from collections.abc import Iterable
 
 
 def text(value: object) -> str:
@@ -43,6 +45,12 @@ def switch(value: object) -> bool:
     return word == "true"
 
 
+def type_name(value: object) -> str:
+    """Accept the name of a floating-point type, also torch's short ones, and torch's types themselves."""
+    name = text(str(value) if str(value).startswith("torch.") else value).removeprefix("torch.")
+    return {"half": "float16", "float": "float32"}.get(name, name)
+
+
 def core_set(value: object) -> tuple[int, ...]:
     """Accept CPU cores: a whole number, a list of them, or text like "0,2-5"; sorted, without repeats."""
     if isinstance(value, list | tuple):
@@ -59,3 +67,9 @@ def core_set(value: object) -> tuple[int, ...]:
             raise ValueError(f"expected cores like 0,2-5, got {value!r}")
         cores.update(range(low, high + 1))
     return tuple(sorted(cores))
+
+
+def did_you_mean(given: object, known: Iterable[object], cutoff: float = 0.6) -> str:
+    """Return a question about the known name that is likest to a given one; nothing where none is like it."""
+    close = difflib.get_close_matches(str(given), [str(name) for name in known], n=1, cutoff=cutoff)
+    return f"; did you mean {close[0]}?" if close else ""

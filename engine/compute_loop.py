@@ -17,6 +17,8 @@ its own invariants: the loop reports it and ends, and the process must end too (
 from __future__ import annotations
 
 import asyncio
+import atexit
+import contextlib
 import gc
 import logging
 import queue
@@ -28,6 +30,7 @@ import torch
 
 log = logging.getLogger(__name__)
 
+THREAD_NAME = "compute"
 STOP_BUDGET_S = 10.0
 # How long the thread sleeps between two looks at a device: long beside a look, short beside a step.
 DEVICE_LOOK_S = 50e-6
@@ -63,7 +66,8 @@ class ComputeLoop:
         self._on_dead: list[Callable[[BaseException], None]] = []
         self._inbox: queue.SimpleQueue[tuple[Stepper, Any] | None] = queue.SimpleQueue()
         self._steppers: list[Stepper] = []
-        self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
+        self._ended = asyncio.Event()
+        self._thread = threading.Thread(target=self._run, name=THREAD_NAME, daemon=True)
         self.progress = 0
 
     def add(self, stepper: Stepper, on_dead: Callable[[BaseException], None]) -> None:
@@ -78,8 +82,10 @@ class ComputeLoop:
         self._on_dead.append(on_dead)
 
     def start(self) -> None:
-        """Start the thread."""
+        """Start the thread. A process that ends without `stop` waits for the step that it is in."""
         self._thread.start()
+        # Native code that runs on while the interpreter is torn down reads memory that is free already.
+        atexit.register(self._end_with_process)
 
     def post(self, stepper: Stepper, event: Any) -> None:
         """Hand an event to a stepper; thread-safe, never blocks, keeps order."""
@@ -87,8 +93,8 @@ class ComputeLoop:
 
     def call_back(self, callback: Callable[..., None], *args: Any) -> None:
         """Run `callback` on the event loop soon; called on the compute thread."""
-        # The loop may be closed already while the process ends.
-        if not self._loop.is_closed():
+        # The loop may be closed while the process ends, and be so between a look and the call.
+        with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(callback, *args)
 
     def give_turns(self, stepper: Stepper) -> None:
@@ -104,9 +110,21 @@ class ComputeLoop:
 
     async def stop(self) -> None:
         """End the thread after its current step; idempotent. A thread that hangs is left to die with the process."""
-        self._inbox.put(None)
+        self.dismiss()
+        atexit.unregister(self._end_with_process)
         if self._thread.is_alive():
-            await asyncio.to_thread(self._thread.join, STOP_BUDGET_S)
+            # No executor waits for it: at the interpreter's end there is none any more.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(STOP_BUDGET_S):
+                    await self._ended.wait()
+
+    def dismiss(self) -> None:
+        """Let the thread end after its current step, without waiting for it; thread-safe, idempotent."""
+        self._inbox.put(None)
+
+    def _end_with_process(self) -> None:
+        self.dismiss()
+        self._thread.join(STOP_BUDGET_S)
 
     def _run(self) -> None:
         torch.set_num_threads(self._num_threads)
@@ -119,6 +137,8 @@ class ComputeLoop:
             log.exception("compute thread failed")
             for on_dead in self._on_dead:
                 self.call_back(on_dead, error)
+        finally:
+            self.call_back(self._ended.set)
 
     def _turn(self) -> bool:
         if not self._take_events():

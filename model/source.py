@@ -8,6 +8,7 @@ Life of a reference:
 5. anything else is a SourceError that says what was asked and what is accepted.
 """
 
+import difflib
 import json
 import re
 from collections.abc import Callable
@@ -88,8 +89,18 @@ def resolve(ref: str, cache_dir: Path, say: Say) -> ModelFiles:
         return _from_directory(fetch_folder(alias, cache_dir / ref, say), alias.revision)
     hub_id = _HUB_ID.fullmatch(ref)
     if hub_id is None or ref.startswith((".", "/", "~")):
-        raise SourceError(f"no model {ref!r}: no such path, and not a name that can be fetched; give {_ACCEPTED}")
+        close = difflib.get_close_matches(ref.lower(), (*ALIASES, *FOLDER_ALIASES), n=1)
+        meant = f"did you mean {close[0]}? " if close else ""
+        raise SourceError(
+            f"no model {ref!r}: no such path, and not a name that can be fetched; {meant}give {_ACCEPTED}"
+        )
     return _from_hub(hub_id["repo"], hub_id["revision"], say)
+
+
+def looks_like_a_model(ref: str) -> bool:
+    """Whether somebody who writes this may mean a model; nothing is looked for on any network."""
+    names = (*ALIASES, *FOLDER_ALIASES)
+    return ref in names or ref.startswith("dummy:") or _HUB_ID.fullmatch(ref) is not None or Path(ref).exists()
 
 
 def _dummy(path: Path) -> ModelFiles:

@@ -3,8 +3,8 @@
 1. Without a key everybody may ask. With keys, every path but those of `OPEN_PATHS` needs one, as a bearer token.
 2. A key file has a key a line, and after it, if there is one, the name of its tenant, and then what the key grants:
    `priority=N` is the lowest priority number that goes before others' requests (0), `weight=N` the tenant's share (1).
-   Lines that begin with `#` are comments. The file is read again within a second of its change; what cannot be used is
-   logged, and the keys of before go on to count.
+   Lines that begin with `#` are comments. The file is read again within a second of its change, or at once on SIGHUP;
+   what cannot be used is logged, and the keys of before go on to count.
 3. Tenants share no prefix: a tenant's name salts the hashes of its blocks. Keys without a tenant are one more tenant.
 4. What the server has to give is shared out among clients (router/fairness.py): a client is a tenant, or, where there
    are no keys, an address.
@@ -77,15 +77,19 @@ class Access:
     """
 
     def __init__(self, keys: Sequence[str], files: Sequence[str], clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self.reload(keys, files)
+
+    def reload(self, keys: Sequence[str], files: Sequence[str]) -> None:
+        """Let these keys and files count, and no others, from now on; raises ConfigError as the constructor does."""
         for key in keys:
             if not _is_key(key):
                 raise ConfigError(f"api-key: must be up to {MAX_KEY_CHARS} printable characters without blanks")
-        self._fixed = {_digest(key): NOBODY for key in keys}
-        self._paths = [Path(file).expanduser() for file in files]
-        self._clock = clock
-        self._stamps = [_stamp(path) for path in self._paths]
-        self._keys = self._fixed | self._read_files()
-        self._checked_s = clock()
+        fixed, paths = {_digest(key): NOBODY for key in keys}, [Path(file).expanduser() for file in files]
+        stamps = [_stamp(path) for path in paths]
+        found = fixed | _read_files(paths)
+        self._fixed, self._paths, self._stamps, self._keys = fixed, paths, stamps, found
+        self._checked_s = self._clock()
 
     @property
     def is_open(self) -> bool:
@@ -138,27 +142,28 @@ class Access:
             return
         self._stamps = stamps
         try:
-            self._keys = self._fixed | self._read_files()
+            self._keys = self._fixed | _read_files(self._paths)
         except ConfigError as error:
             log.error("%s; the keys of before go on to count", error)
             return
         log.info("API keys were read again: %d", len(self._keys))
 
-    def _read_files(self) -> dict[bytes, Client]:
-        found: dict[bytes, Client] = {}
-        for path in self._paths:
-            found |= _read(path)
-        weights: dict[str, int] = {}
-        for client in found.values():
-            if weights.setdefault(client.tenant, client.weight) != client.weight:
-                raise ConfigError(f"api-key-file: the keys of tenant {client.tenant!r} name different weights")
-        return found
+
+def _read_files(paths: Sequence[Path]) -> dict[bytes, Client]:
+    found: dict[bytes, Client] = {}
+    for path in paths:
+        found |= _read(path)
+    weights: dict[str, int] = {}
+    for client in found.values():
+        if weights.setdefault(client.tenant, client.weight) != client.weight:
+            raise ConfigError(f"api-key-file: the keys of tenant {client.tenant!r} name different weights")
+    return found
 
 
 def _read(path: Path) -> dict[bytes, Client]:
     """Return whose key it is by the digests of the keys."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"api-key-file: cannot read {path}: {error}") from None
     found: dict[bytes, Client] = {}

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import codecs
 import logging
 import re
 from typing import Annotated, Any, Final, TypeVar
@@ -44,9 +45,9 @@ class StreamOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class GenerationFields(msgspec.Struct, frozen=True, kw_only=True):
-    """Fields that chat and completions share. None is the default that vLLM documents."""
+    """Fields that chat and completions share. None is the default that vLLM documents, of `model` the served one."""
 
-    model: Annotated[str, Meta(max_length=1024)]
+    model: Annotated[str, Meta(max_length=1024)] | None = None
     max_tokens: Tokens | None = None
     temperature: Annotated[float, Meta(ge=0.0, le=100.0)] | None = None
     top_p: Annotated[float, Meta(gt=0.0, le=1.0)] | None = None
@@ -180,11 +181,12 @@ _MISSING: Final = re.compile(r"missing required field `(\w+)`$")
 
 
 def parse(body: bytes, kind: type[Request]) -> Request:
-    """Decode and validate the body of a request.
+    """Decode and validate the body of a request; a byte order mark before it is passed over.
 
     Raises:
         InvalidRequest: it is no JSON object of this kind; names the offending field where there is one.
     """
+    body = body.removeprefix(codecs.BOM_UTF8)
     check_size(body)
     try:
         fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])

@@ -6,6 +6,7 @@
 2. Draining: new requests get 503, running ones go on until they finish or `drain_s` is over. A second signal ends it.
 3. SIGTERM to a router whose sockets are a supervisor's means that a successor follows: nothing is refused. New
    connections wait in the socket for it; each open one may bring one more request, and is closed with the answer.
+4. `reload` takes over keys, origins and limits; what runs goes on.
 """
 
 from __future__ import annotations
@@ -84,6 +85,19 @@ class Router:
             await self._grpc.start()
         self.clock = asyncio.create_task(self._control.keep_time())
         log.info("clients on port %d, workers on port %d", self.http_port, self.control_port)
+
+    def reload(self, config: RouterConfig) -> None:
+        """Take over what may change while a router runs, `RELOADED`, and nothing else.
+
+        Raises:
+            ConfigError: it cannot be used, and nothing has changed.
+        """
+        found = self._config.reloaded(config)
+        if self._grpc is not None:
+            self._grpc.reload(found)
+        self._http.reload(found)
+        self.core.reload(found)
+        self._config = found
 
     @property
     def grpc_port(self) -> int:
@@ -165,8 +179,16 @@ def _grpc_server(config: RouterConfig, core: Core) -> GrpcServer:
     return GrpcServer(config, core)
 
 
-async def run(config: RouterConfig) -> int:
+Reload = Callable[[RouterConfig], None]
+"""Takes over a new configuration; raises ConfigError where it cannot be used."""
+
+
+async def run(config: RouterConfig, on_running: Callable[[Reload], None] = lambda _: None) -> int:
     """Run a router until SIGTERM or SIGINT has drained it; return the exit code.
+
+    Args:
+        config: what it begins with.
+        on_running: is given the router's `reload` once there is one.
 
     Raises:
         ConfigError: tokenizer or chat template cannot be used.
@@ -186,6 +208,7 @@ async def run(config: RouterConfig) -> int:
         loop.add_signal_handler(number, on_signal, number)
     try:
         await router.start()
+        on_running(router.reload)
         router.core.grammars.warm()
         # What is there now stays: a collection that walks through it would hold up every stream for tens of ms.
         gc.freeze()

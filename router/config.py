@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Final
 
 from protocol.errors import ConfigError
+
+RELOADED: Final = frozenset(
+    {"api_keys", "api_key_files", "allowed_origins", "max_num_requests", "max_wait_s", "request_read_s", "max_resume_s"}
+    | {"ttft_slo_s", "ttft_slo_per_token_s"}
+)
+"""Fields that `Router.reload` takes over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +87,10 @@ class RouterConfig:
     access_log: str = "text"
     allowed_origins: tuple[str, ...] = ()
     drain_s: float = 30.0
+
+    def reloaded(self, found: RouterConfig) -> RouterConfig:
+        """Return this with what may change while a router runs taken from another one."""
+        return replace(self, **{name: getattr(found, name) for name in RELOADED})
 
     def __post_init__(self) -> None:
         if not self.served_model_names:

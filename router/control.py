@@ -112,6 +112,11 @@ class ControlServer:
         except (PeerLost, ProtocolError) as error:
             reason = str(error)
             raise
+        except asyncio.CancelledError:
+            if isinstance(channel, LocalChannel):
+                # Nobody cut it: the event loop that router and worker share is being ended.
+                self._switchboard.is_draining = True
+            raise
         finally:
             if self._switchboard.owns(result.key, channel):
                 self._switchboard.lose(result.key, reason)

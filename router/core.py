@@ -54,6 +54,11 @@ class Core:
         self._admitting = Shares()
         self._threads = TextThreads(config.max_num_requests)
 
+    def reload(self, config: RouterConfig) -> None:
+        """Take over limits."""
+        self.max_num_requests = config.max_num_requests
+        self.switchboard.reload(config)
+
     async def started(self) -> None:
         """Wait until the first pair of workers is there, or has had its time to come."""
         await self.switchboard.has_started.wait()

@@ -93,7 +93,7 @@ class Score(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="sc
 class DecisionsRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Body of /v1/decisions. `prompt_cache_key` partitions the prefix cache."""
 
-    model: Annotated[str, Meta(max_length=1024)]
+    model: Annotated[str, Meta(max_length=1024)] | None = None
     input: str | Annotated[list[Item], Meta(min_length=1, max_length=4096)]
     questions: Annotated[list[Predicate | Choice | Score], Meta(min_length=1, max_length=MAX_QUESTIONS)]
     prompt_cache_key: Short | None = None

@@ -42,7 +42,7 @@ def recorded(access_log: AccessLog) -> Any:
 
     @web.middleware
     async def record(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if request.path in OPEN_PATHS:
+        if request.path.removesuffix("/") in OPEN_PATHS:
             return await handler(request)
         with access_log.record(f"{request.method} {request.path}") as noted:
             # Until a key says whose request it is, or where none is known.
@@ -70,7 +70,7 @@ def keys_needed(access: Access) -> Any:
 
     @web.middleware
     async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if request.path not in OPEN_PATHS:
+        if request.path.removesuffix("/") not in OPEN_PATHS:
             client = access.client_of(request.headers.get("Authorization"), request.remote)
             request[TENANT], current().client = client.tenant, client
             PARTY.set(client.name)
@@ -83,6 +83,10 @@ class Origins:
     """Pages of other origins that may ask. `*` stands for all of them."""
 
     def __init__(self, allowed: Sequence[str]) -> None:
+        self.allow(allowed)
+
+    def allow(self, allowed: Sequence[str]) -> None:
+        """Let the pages of these origins ask, and no others, from now on."""
         self._allowed = frozenset(allowed)
 
     @web.middleware

@@ -46,7 +46,7 @@ class EmbeddingsRequest(msgspec.Struct, frozen=True, kw_only=True):
         normalize: whether vectors have length 1; the default is the model's own.
     """
 
-    model: Annotated[str, Meta(max_length=1024)]
+    model: Annotated[str, Meta(max_length=1024)] | None = None
     input: str | list[str | TokenId | list[TokenId]]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Meta(ge=1, lt=1 << 31)] | None = None
@@ -224,8 +224,7 @@ async def embed(
     await core.started()
 
     def prepare(max_model_len: int) -> tuple[EmbeddingsRequest, list[ReadQuery]]:
-        request = make()
-        core.intake.check_model(request.model)
+        request = core.intake.named(make())
         card = core.embedding_card()
         # A decoder's context has room for one token of output, which an encoder's has not.
         max_tokens = max_model_len if card.is_encoder else max_model_len - 1

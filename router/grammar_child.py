@@ -68,7 +68,8 @@ def main(model_path: str) -> None:
     """Answer questions until stdin ends."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.nice(NICENESS)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the router's to answer
+    for number in (signal.SIGINT, signal.SIGHUP):  # Ctrl-C and a terminal that closes are the router's to answer
+        signal.signal(number, signal.SIG_IGN)
     reader, writer = sys.stdin.buffer, sys.stdout.buffer
     try:
         trial = Trial(Path(model_path))

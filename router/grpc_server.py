@@ -96,6 +96,7 @@ class GrpcServer:
     def __init__(self, config: RouterConfig, core: Core) -> None:
         self._config = config
         self._core = core
+        self._service = BatonService(config, core)
         self._health = HealthServicer()
         self._watch: asyncio.Task[None] | None = None
         self._draining: asyncio.Task[None] | None = None
@@ -138,11 +139,15 @@ class GrpcServer:
             ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
         ]
         server = grpc.aio.server(options=options)
-        rpc.add_BatonServicer_to_server(BatonService(self._config, self._core), server)
+        rpc.add_BatonServicer_to_server(self._service, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
         reflection.enable_server_reflection((SERVICE, health_name, reflection.SERVICE_NAME), server)
         return server
+
+    def reload(self, config: RouterConfig) -> None:
+        """Take over keys. Raises ConfigError before anything has changed."""
+        self._service.reload(config)
 
     def drain(self) -> None:
         """Give the port up to a successor and let running calls go on; `close` waits for them no longer."""
@@ -180,6 +185,10 @@ class BatonService(rpc.BatonServicer):  # type: ignore[misc, unused-ignore]
         self._model = config.served_model_names[0]
         self._access = Access(config.api_keys, config.api_key_files, time.monotonic)
         self._access_log = AccessLog(config.access_log, time.monotonic)
+
+    def reload(self, config: RouterConfig) -> None:
+        """Take over keys. Raises ConfigError before anything has changed."""
+        self._access.reload(config.api_keys, config.api_key_files)
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> None:
         """Write messages until every choice is finished."""

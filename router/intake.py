@@ -9,10 +9,11 @@ Pure but for drawing seeds, and possibly slow (a megabyte of text takes half a s
 
 from __future__ import annotations
 
+import difflib
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -38,6 +39,7 @@ from router.tools import ToolUse, tool_use
 
 DEFAULT_COMPLETION_TOKENS = 16
 _MIN_TEMPERATURE = 1e-5
+Named = TypeVar("Named", bound=msgspec.Struct)
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 
 
@@ -122,7 +124,7 @@ class Intake:
         """
         if isinstance(request, ResponsesRequest):
             return self._response_job(request, max_model_len)
-        self.check_model(request.model)
+        request = self.named(request)
         if request.stream_options is not None and not request.stream:
             raise InvalidRequest(
                 "The 'stream_options' parameter is only allowed when 'stream' is enabled.", "stream_options"
@@ -144,7 +146,7 @@ class Intake:
         options = request.stream_options
         job = Job(
             is_chat=isinstance(request, ChatRequest),
-            model=request.model,
+            model=request.model or "",
             prompts=tuple(prompts),
             choices=tuple(choices),
             text=self._text_options(request),
@@ -164,6 +166,7 @@ class Intake:
         return job if structured is None else job.with_grammar(structured.grammar)
 
     def _response_job(self, request: ResponsesRequest, max_model_len: int) -> Job:
+        request = self.named(request)
         chat = request.to_chat()
         try:
             job = self.job(chat, max_model_len)
@@ -172,11 +175,23 @@ class Intake:
         return replace(job, response=request, grammar_field=RENAMED.get(job.grammar_field, job.grammar_field))
 
     def check_model(self, model: str | None) -> None:
-        """Raise UnknownModel unless the name is served here; None is whatever is served."""
-        if model is not None and model not in self._names:
-            raise UnknownModel(
-                f"the model {model[:200]!r} does not exist here; served: {', '.join(self._names)}", "model"
-            )
+        """Raise UnknownModel unless the name is served here; none, or an empty one, is whatever is served."""
+        if model and model not in self._names:
+            by_lower = {name.lower(): name for name in self._names}
+            close = difflib.get_close_matches(model[:200].lower(), by_lower, n=1)
+            meant = f"; did you mean {by_lower[close[0]]!r}?" if close else ""
+            served = ", ".join(self._names)
+            raise UnknownModel(f"the model {model[:200]!r} does not exist here; served: {served}{meant}", "model")
+
+    def named(self, request: Named) -> Named:
+        """Return a request with the name that answers repeat: the one that it asks for, or the reported one.
+
+        Raises:
+            UnknownModel: it asks for another one.
+        """
+        given: str | None = getattr(request, "model")  # noqa: B009  every body has one
+        self.check_model(given)
+        return request if given else msgspec.structs.replace(request, model=self._names[0])
 
     def tokenize(self, request: TokenizeRequest, max_model_len: int) -> list[int]:
         """Return the token ids of a prompt or conversation."""

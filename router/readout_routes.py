@@ -98,7 +98,7 @@ class ReadoutRoutes:
         parsed: list[Request] = []
 
         def make() -> Inquiry:
-            parsed.append(parse(body, kind))
+            parsed.append(self._core.intake.named(parse(body, kind)))
             inquiry = ask(parsed[0])
             return replace(inquiry, cache_salt=self._salt(request, inquiry.cache_salt))
 

@@ -115,7 +115,14 @@ class HttpServer:
         get("/metrics", self._show_metrics)
         get("/version", self._version)
         get("/census", self._census)
+        _forgive_slashes(app)
         return app
+
+    def reload(self, config: RouterConfig) -> None:
+        """Take over keys, origins and limits. Raises ConfigError before anything has changed."""
+        self._access.reload(config.api_keys, config.api_key_files)
+        self._origins.allow(config.allowed_origins)
+        self._config = config
 
     def close(self) -> None:
         """Let go of what is kept."""
@@ -243,7 +250,7 @@ class HttpServer:
         return _json(encode_json(ModelList(data=cards)))
 
     async def _model(self, request: web.Request) -> web.Response:
-        name = request.match_info["model"]
+        name = request.match_info["model"].removesuffix("/")
         self._intake.check_model(name)
         return _json(encode_json(self._card(name)))
 
@@ -274,6 +281,14 @@ class HttpServer:
 
     async def _census(self, _: web.Request) -> web.Response:
         return _json(encode_json(census(self._switchboard)))
+
+
+def _forgive_slashes(app: web.Application) -> None:
+    """Let every path be asked for with a slash at its end, too."""
+    for route in list(app.router.routes()):
+        path = "" if route.resource is None else route.resource.canonical
+        if path and "{" not in path:
+            app.router.add_route(route.method, f"{path}/", route.handler)
 
 
 def census(switchboard: Switchboard) -> dict[str, Any]:

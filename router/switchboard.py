@@ -419,6 +419,10 @@ class Switchboard:
             self.lose(key, reason)
         self._run(self.dispatch.tick(now_s))
 
+    def reload(self, config: RouterConfig) -> None:
+        """Take over limits, and the deadlines of prompts that come from now on."""
+        self._config = config
+
     def abandon(self) -> None:
         """Fail whatever is unfinished: the router ends."""
         for session in {run.session for run in self._runs.values()}:

@@ -108,6 +108,11 @@ class Tokenizer:
         """Whether a token is markup of the model, and no text."""
         return token_id in self._special_ids
 
+    def token_id(self, token: str) -> int | None:
+        """Return the id of a token as the vocabulary spells it, or None."""
+        found: int | None = self._tokenizer.token_to_id(token)
+        return found
+
     def is_known(self, token_id: int) -> bool:
         """Whether the id is in the vocabulary."""
         return 0 <= token_id < self.vocab_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 import io
 import json
 from collections import Counter
@@ -16,7 +17,7 @@ from aiohttp import web
 
 from baton import batch as batches
 from baton.batch import Batch, BatchLine, Done, Reply, read_done
-from baton.batch_cli import main
+from baton.batch_cli import main, parse
 from baton.batch_targets import LOWEST_PRIORITY, ServerTarget
 from protocol.errors import ConfigError
 
@@ -117,6 +118,43 @@ async def test_every_bad_line_has_its_error() -> None:
     }
     assert len({one["id"] for one in found}) == len(lines)
     assert next(one for one in found if one["custom_id"] == "no body")["error"]["code"] == "invalid_line"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("/v1/../metrics", "/v1/%2e%2e/metrics", "/v1/%2E%2E%2Fcensus", "/v1/./completions", "/v1/x/../completions"),
+        *("/v1//completions", "//v1/completions", "//other.example/v1/completions", "/v1/completions//", "/v1/..;/x"),
+        *("http://other.example/v1/completions", "https:/v1/completions", "@other.example/v1/completions", "v1/chat"),
+        *(
+            "/v1/completions?x=1",
+            "/v1/completions#x",
+            "/v1/completions/..",
+            "/v1/completions%00",
+            "/v1/completions\r\n",
+        ),
+        *("/V1/Completions", "/v1/complet\u0131ons", " /v1/completions", "\\v1\\completions", "/v1/models", "/v1/", ""),
+        *("/tokenize", "/v1/completion", "/v1/completions/x", "/v1/completions\\..\\..\\load", "/v1/%63ompletions"),
+    ],
+)
+async def test_a_url_is_a_known_endpoint_or_reaches_nothing(url: str) -> None:
+    async def respond(request: web.Request, _: dict[str, Any]) -> web.Response:
+        raise AssertionError(f"{request.path} was asked")
+
+    async with server(respond) as target:
+        (one,) = await results(target, [line("a", url=url, prompt="x")])
+    assert one["response"] is None and one["error"]["code"] == "invalid_url" and one["custom_id"] == "a"
+
+
+async def test_endpoints_may_end_in_a_slash_and_a_file_may_begin_with_a_mark() -> None:
+    first = line("a", url="/v1/chat/completions/")
+    lines = [codecs.BOM_UTF8 + first, line("b", url="/score"), line("c", url="/v1/rerank")]
+    async with server(echo) as target:
+        found = await results(target, lines, num_open=1)
+        assert [one["response"]["body"]["at"] for one in found] == ["/v1/chat/completions", "/score", "/v1/rerank"]
+        plain = await results(target, [first])
+    assert plain[0]["id"] == found[0]["id"]
+    assert [one["response"]["body"]["got"] for one in found] == [{"priority": LOWEST_PRIORITY}, {}, {}]
 
 
 async def test_a_busy_server_is_obeyed_and_waited_for() -> None:
@@ -232,7 +270,7 @@ def test_an_output_is_never_overwritten(tmp_path: Path) -> None:
         (["--url", "x"], "must begin with http"),
         (["--url", "http://x", "--block-size", "16"], "--block-size: is for MODEL"),
         (["--url", "http://x", "--concurrency", "0"], "--concurrency"),
-        (["smollm2", "--block-size", "17"], "block_size must be"),
+        (["smollm2", "--block-size", "17"], "block_size: expected one of 8, 16, 32"),
     ],
 )
 def test_a_command_line_that_cannot_be_used(
@@ -243,6 +281,40 @@ def test_a_command_line_that_cannot_be_used(
     assert main([str(source), str(tmp_path / "out.jsonl"), *more]) == 2
     assert says in capsys.readouterr().err
     assert main([str(tmp_path / "none"), str(tmp_path / "out.jsonl"), "smollm2"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("", "IN: name it, as in: baton run-batch in.jsonl out.jsonl smollm2"),
+        ("IN", "OUT: name it"),
+        ("-i IN -o OUT m more", "unexpected 'more'"),
+        ("IN OUT m --resum", "--resum: there is no such option; did you mean --resume?"),
+        ("IN OUT --url http://x/?a=b", "--url: is the server's address"),
+        ("IN OUT --url http:///x", "--url: must begin with http"),
+        ("IN OUT smolm2", "did you mean smollm2?"),
+        ("-i IN -o OUT --model smollm2 --tensor-parallel-size 2", "tensor_parallel_size: a model lies on one device"),
+    ],
+)
+def test_slips_on_the_command_line_are_told(
+    words: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in").write_bytes(line("a"))
+    paths = {"IN": str(tmp_path / "in"), "OUT": str(tmp_path / "out")}
+    assert main([paths.get(word, word) for word in words.split()]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_every_way_to_name_files_and_model() -> None:
+    for words in (
+        "in.jsonl out.jsonl smollm2",
+        "-i in.jsonl -o out.jsonl --model smollm2",
+        "--input-file=in.jsonl --output_file out.jsonl smollm2",
+        "in.jsonl --resume out.jsonl --max-num-seqs 4 smollm2",
+        "-o out.jsonl in.jsonl --model smollm2",
+    ):
+        found = parse(words.split())
+        assert (found["input"], found["output"], found["model"]) == ("in.jsonl", "out.jsonl", "smollm2"), words
 
 
 @pytest.mark.model
@@ -259,14 +331,17 @@ def test_an_engine_of_its_own_answers_as_http_would(cache_dir: Path, tmp_path: P
     lines += [line("chat", url="/v1/chat/completions", **hi), line("other", **{**france, "model": "x"})]
     lines += [line("bad", **{**france, "top_p": 7}), line("where", url="/v1/moderations", input="x")]
     lines += [line("vector", url="/v1/embeddings", model="m", input=["hi", "ho"])]
-    source.write_bytes(b"".join(lines))
+    lines += [line("unnamed", url="/v1/completions/", **{k: v for k, v in france.items() if k != "model"})]
+    source.write_bytes(codecs.BOM_UTF8 + b"".join(lines))
     options = ["--num-kv-blocks", "128", "--threads", "1", "--served-model-name", "m", "--cache-dir", str(cache_dir)]
-    assert main([str(source), str(out), "smollm2", *options]) == 0
+    assert main(["-i", str(source), "-o", str(out), "--model", "smollm2", *options]) == 0
     found = {one["custom_id"]: one for one in map(json.loads, out.read_text().splitlines())}
     assert len(found) == len(lines)
     for i in range(20):
         (choice,) = found[f"f{i}"]["response"]["body"]["choices"]
         assert choice["text"] == " Paris.\n\nThe answer is:" and choice["finish_reason"] == "length"
+    assert found["unnamed"]["response"]["body"]["choices"] == found["f0"]["response"]["body"]["choices"]
+    assert found["unnamed"]["response"]["body"]["model"] == "m"
     assert found["chat"]["response"]["body"]["choices"][0]["message"]["role"] == "assistant"
     assert found["other"]["response"]["status_code"] == 404
     assert found["bad"]["response"]["body"]["error"]["param"] == "top_p"

@@ -204,8 +204,8 @@ def test_a_role_without_a_secret_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"block_size": "17"}, "block_size must be"),
-        ({"dtype": "int3"}, "dtype must be"),
+        ({"block_size": "17"}, "--block-size: expected one of 8, 16, 32"),
+        ({"dtype": "int3"}, "--dtype: expected one of auto"),
         ({"slot_bytes": "1"}, "slot_bytes must be"),
         ({"lease_ttl_s": "0.1"}, "lease_ttl_s"),
         ({"max_num_seqs": "0"}, "max_num_seqs must be"),

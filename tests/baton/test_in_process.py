@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import pytest_asyncio
 
-from baton import LLM, AsyncLLM, SamplingParams
+from baton import LLM, AsyncLLM, SamplingParams, StructuredOutputsParams
 from baton.async_llm import Prompt, new_request
 from baton.in_process import configure
 from protocol.errors import (
@@ -102,6 +102,94 @@ def test_texts_become_vectors(llm: LLM) -> None:
         llm.embed([""])
 
 
+def test_the_calls_that_users_of_vllm_type(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
+    sampling = SamplingParams(temperature=0.0, max_tokens=3, n=1, best_of=1, top_p=1.0, top_k=-1, use_beam_search=False)
+    sampling.max_tokens = 8
+    (output,) = llm.generate([FRANCE], sampling, False)
+    assert capsys.readouterr().err == ""
+    assert llm.generate(prompts=FRANCE, sampling_params=sampling, use_tqdm=True)[0].outputs == output.outputs
+    assert "requests" in capsys.readouterr().err
+    (choice,) = output.outputs
+    assert choice.text == PARIS and choice.finished() and choice.cumulative_logprob is None
+    assert output.metrics is not None and output.metrics.finished_time is not None
+    assert output.metrics.arrival_time < (output.metrics.first_token_time or 0) <= output.metrics.finished_time
+    ids = output.prompt_token_ids
+    logged = SamplingParams(temperature=0, max_tokens=2, logprobs=1, prompt_logprobs=0, detokenize=False)
+    (told,) = llm.generate([{"prompt_token_ids": ids, "cache_salt": "s"}], logged, use_tqdm=False, priority=[3])
+    assert told.outputs[0].text == "" and told.outputs[0].token_ids == choice.token_ids[:2]
+    assert told.outputs[0].cumulative_logprob is not None and told.outputs[0].cumulative_logprob < 0
+    (tail,) = llm.generate(FRANCE, SamplingParams(max_tokens=1, truncate_prompt_tokens=2))
+    assert tail.prompt_token_ids == ids[-2:]
+    assert sampling.clone() == sampling and sampling.clone() is not sampling
+
+
+def test_structured_outputs_in_every_shape(llm: LLM) -> None:
+    class Model:
+        @staticmethod
+        def model_json_schema() -> dict[str, Any]:
+            return {"enum": ["yes"]}
+
+    class Theirs:
+        json, regex, choice, grammar, json_object = None, "ye[s]", None, None, False
+
+    for given in ({"choice": ["yes"]}, StructuredOutputsParams(choice=["yes"]), Theirs(), {"json": '{"const": "yes"}'}):
+        for sampling in (
+            SamplingParams(temperature=0, structured_outputs=given),
+            SamplingParams(temperature=0, guided_decoding=given),
+        ):
+            assert llm.generate(FRANCE, sampling)[0].outputs[0].text.strip('"') == "yes"
+    schema = SamplingParams(temperature=0, structured_outputs=StructuredOutputsParams(json=Model))
+    assert llm.chat([{"role": "user", "content": "?"}], schema, use_tqdm=False)[0].outputs[0].text == '"yes"'
+
+
+def test_what_vllm_has_and_we_have_not_is_refused_by_name(llm: LLM) -> None:
+    refused: list[dict[str, Any]] = [
+        *({"bad_words": ["x"]}, {"allowed_token_ids": [5]}, {"logits_processors": [print]}, {"use_beam_search": True}),
+        *({"length_penalty": 2.0}, {"best_of": 3}, {"spaces_between_special_tokens": False}, {"early_stopping": True}),
+        *({"extra_args": {"x": 1}}, {"structured_outputs": {}}),
+    ]
+    for fields in refused:
+        with pytest.raises(InvalidRequest) as caught:
+            llm.generate(FRANCE, SamplingParams(**fields))
+        assert caught.value.param == next(iter(fields))
+    with pytest.raises(InvalidRequest, match="multi_modal_data"):
+        llm.generate({"prompt": "x", "multi_modal_data": {"image": 1}})
+    with pytest.raises(InvalidRequest, match="tools: LLM.chat does not take it"):
+        llm.chat([{"role": "user", "content": "x"}], tools=[{}])
+    with pytest.raises(InvalidRequest, match="priority: 2 for 1"):
+        llm.generate("x", priority=[1, 2])
+
+
+def test_the_tokenizer_is_the_engines(llm: LLM) -> None:
+    tokenizer, talk = llm.get_tokenizer(), [{"role": "user", "content": "Say hi"}]
+    (output,) = llm.chat(talk, GREEDY)
+    assert tokenizer.apply_chat_template(talk, add_generation_prompt=True) == output.prompt_token_ids
+    assert tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True) == output.prompt
+    ids = tokenizer.encode(FRANCE)
+    assert llm.generate(FRANCE, GREEDY)[0].prompt_token_ids == ids == tokenizer(FRANCE)["input_ids"]
+    assert tokenizer.decode(ids) == FRANCE and tokenizer.batch_decode([ids, ids[:1]])[1] == "The"
+    assert tokenizer.tokenize("The capital") == ["The", " capital"]
+    end = tokenizer.eos_token_id
+    assert end is not None and tokenizer.decode(end) == tokenizer.eos_token == "<|im_end|>"
+    assert tokenizer.decode([end], skip_special_tokens=True) == ""
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") == end
+    assert len(tokenizer) == tokenizer.vocab_size > max(ids)
+
+
+def test_a_seed_of_the_engine_makes_its_requests_repeatable(cache_dir: Path) -> None:
+    told = []
+    for seed in (1, 1, 2):
+        with LLM(
+            model="smollm2", cache_dir=str(cache_dir), seed=seed, gpu_memory_utilization=0.5, tensor_parallel_size=1,
+            trust_remote_code=False, dtype="auto", max_model_len=256, enforce_eager=True, swap_space=0, threads=1,
+        ) as engine:  # fmt: skip
+            sampling = SamplingParams(max_tokens=8, ignore_eos=True)
+            one, two = engine.generate([FRANCE, FRANCE], sampling)
+            assert one.outputs != two.outputs
+            told.append([one.outputs, two.outputs])
+    assert told[0] == told[1] != told[2]
+
+
 def test_what_cannot_be_run_names_its_field(llm: LLM) -> None:
     for bad, param in (
         (SamplingParams(temperature=-1), "temperature"),
@@ -126,6 +214,14 @@ def test_options_are_checked_before_anything_is_loaded() -> None:
         configure("smollm2", {"blok_size": 16})
     with pytest.raises(ConfigError, match="no such option"):
         configure("smollm2", {"port": 80})
+    with pytest.raises(ConfigError, match="did you mean gpu_memory_utilization"):
+        configure("smollm2", {"gpu_memory_utilisation": 0.9})
+    with pytest.raises(ConfigError, match="^tensor_parallel_size: a model lies on one device"):
+        configure("smollm2", {"tensor_parallel_size": 2})
+    with pytest.raises(ConfigError, match="^trust_remote_code: no code out of a model's folder"):
+        configure("smollm2", {"trust_remote_code": True})
+    with pytest.raises(ConfigError, match="is the same as kv_memory_share"):
+        configure("smollm2", {"kv_memory_share": 0.5, "gpu_memory_utilization": 0.5})
     with pytest.raises(ConfigError, match="num_kv_blocks: must be at least 2"):
         configure("smollm2", {"num_kv_blocks": 1})
 

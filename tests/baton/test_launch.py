@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from baton import config
-from baton.cli import build_parser
-from baton.launch import Sockets, bind, child_specs, key_files, secret_file
+from baton.cli import parse
+from baton.launch import Sockets, bind, child_specs
+from baton.private_files import PrivateFiles, private_files
 from baton.settings import Settings, merge
 from baton.supervisor import ChildSpec
 from protocol.errors import ConfigError
@@ -33,18 +34,24 @@ def taken_port() -> object:
 
 
 def specs_of(given: Settings) -> dict[str, ChildSpec]:
+    with private_files(given) as files:
+        return {spec.name: spec for spec in specs_with(given, files)}
+
+
+def specs_with(given: Settings, files: PrivateFiles) -> tuple[ChildSpec, ...]:
     sockets = bind(given)
     try:
-        return {spec.name: spec for spec in child_specs(config.serve_config(given), MODEL, sockets, "/run/secret")}
+        return child_specs(config.serve_config(given), MODEL, sockets, files)
     finally:
         sockets.close()
 
 
 def parsed(spec: ChildSpec) -> Settings:
-    """Read a child's command line as the child will."""
+    """Read a child's command line, and the file that it names while that is there, as the child will."""
     assert spec.command[1:4] == ("-P", "-m", "baton")
-    arguments = vars(build_parser().parse_args(spec.command[4:]))
-    return merge(arguments.pop("role"), arguments, {}, None)
+    arguments = parse(spec.command[4:])
+    file = Path(arguments.pop("config"))
+    return merge(arguments.pop("role"), arguments, {}, file if file.exists() else None)
 
 
 def test_a_busy_port_is_told_by_its_option(taken_port: int) -> None:
@@ -75,36 +82,51 @@ def test_nobody_can_connect_before_listening() -> None:
 
 
 def test_a_generated_secret_is_private_and_goes_away() -> None:
-    with secret_file(settings()) as path:
-        found = Path(path)
-        assert len(config.read_secret(path)) >= 32
+    with private_files(settings()) as files:
+        found = Path(files.secret)
+        assert len(config.read_secret(files.secret)) >= 32
         assert stat.S_IMODE(found.stat().st_mode) == 0o600
         assert stat.S_IMODE(found.parent.stat().st_mode) == 0o700
-        with secret_file(settings()) as other:
-            assert config.read_secret(other) != config.read_secret(path)
+        with private_files(settings()) as other:
+            assert config.read_secret(other.secret) != config.read_secret(files.secret)
     assert not found.parent.exists()
 
 
 def test_a_given_secret_file_is_used_as_it_is(tmp_path: Path) -> None:
-    with secret_file(settings(secret_file=str(tmp_path / "s"))) as path:
-        assert path == str(tmp_path / "s")
+    with private_files(settings(secret_file=str(tmp_path / "s"))) as files:
+        assert files.secret == str(tmp_path / "s")
 
 
 def test_api_keys_reach_the_router_in_files_and_nobody_else(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text("theirs tenant\n")
     given = settings(api_key=["sk-1", "sk-2"], api_key_file=[str(file)])
-    with key_files(given) as paths:
-        assert paths[0] == str(file) and Path(paths[1]).read_text() == "sk-1\nsk-2\n"
-        assert stat.S_IMODE(Path(paths[1]).stat().st_mode) == 0o600
-        sockets = bind(given)
-        specs = child_specs(config.serve_config(given), MODEL, sockets, "/run/secret", paths)
-        sockets.close()
-    assert not Path(paths[1]).exists()
-    router, *workers = specs
-    assert parsed(router)["api_key_file"] == paths and parsed(router)["api_key"] == ()
-    assert not any("sk-1" in part for spec in specs for part in spec.command)
-    assert not any("key" in part for spec in workers for part in spec.command)
+    with private_files(given) as files:
+        specs = specs_with(given, files)
+        router = parsed(specs[0])
+        theirs, ours = router["api_key_file"]
+        assert theirs == str(file) and Path(ours).read_text() == "sk-1\nsk-2\n" and router["api_key"] == ()
+        assert {stat.S_IMODE(path.stat().st_mode) for path in Path(ours).parent.iterdir()} == {0o600}
+    assert not Path(ours).exists()
+    assert not any("sk-1" in part or "api-key" in part for spec in specs for part in spec.command)
+
+
+def test_what_may_change_reaches_children_in_a_file_that_is_written_again() -> None:
+    given = settings(log_level="warning", max_wait_s="5", max_body_bytes="77")
+    with private_files(given) as files:
+        router, prefill, _ = specs_with(given, files)
+        assert not any("log-level" in part or "max-wait" in part for part in router.command)
+        assert (parsed(router)["log_level"], parsed(router)["max_wait_s"], parsed(router)["max_body_bytes"]) == (
+            *("warning", 5.0),
+            77,
+        )
+        files.write(settings(log_level="debug", api_key=["sk-3"], allowed_origins=["*"]))
+        found = parsed(router)
+        assert (found["log_level"], found["max_wait_s"], found["allowed_origins"]) == ("debug", 30.0, ("*",))
+        assert [Path(path).read_text() for path in found["api_key_file"]] == ["sk-3\n"]
+        assert parsed(prefill)["log_level"] == "debug"
+        files.write(settings())
+        assert (parsed(router)["api_key_file"], parsed(router)["log_level"]) == ((), "info")
 
 
 def test_a_key_file_that_cannot_be_used_is_told_at_once(tmp_path: Path) -> None:
@@ -119,7 +141,7 @@ def test_every_worker_gets_its_name_cores_and_the_router() -> None:
     prefill = parsed(specs["prefill-1"])
     assert (prefill.role, prefill.model) == ("prefill", "/models/a.gguf")
     assert (prefill["worker_id"], prefill["threads"], prefill["dtype"]) == ("prefill-1", 3, "float32")
-    assert prefill["secret_file"] == "/run/secret"
+    assert prefill["secret_file"].endswith("/secret")
     assert prefill["router_url"][0].startswith("http://127.0.0.1:")
     assert specs["decode-0"].stage > specs["router"].stage
 

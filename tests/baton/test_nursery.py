@@ -167,6 +167,6 @@ async def test_the_exit_code_of_a_forked_worker_is_told(tmp_path: Path) -> None:
     os.close(write_fd)
     assert process is not None and await asyncio.wait_for(process.wait(), WAIT_BUDGET_S) == 2
     with os.fdopen(read_fd, "rb") as output:
-        assert b"unrecognized arguments: --no-such-option" in output.read()
+        assert b"--no-such-option: there is no such option" in output.read()
     process.send_signal(signal.SIGTERM)  # too late, and harmless
     await nursery.close()

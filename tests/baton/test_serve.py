@@ -41,14 +41,23 @@ print("router ended", flush=True)
 WORKER = """
 import signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: (print("worker ended", flush=True), sys.exit(0)))
-time.sleep(60)
+signal.signal(signal.SIGHUP, lambda *_: print("worker reads again", flush=True))
+deadline_s = time.monotonic() + 60
+while time.monotonic() < deadline_s: time.sleep(1)
 """
 STUBBORN = "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(60)\n"
+TALKATIVE = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+for _ in range(6000): print("x" * 2000, flush=True), time.sleep(0.01)
+"""
 MAIN = """
 import asyncio, sys
-from baton import config, launch
+from baton import config, hangup, launch
 from baton.settings import merge
 from baton.supervisor import ChildSpec
+hangup.hold()
 given = merge("serve", {"model": "m", "port": "0", "drain_s": "20"}, {}, None)
 sockets = launch.bind(given)
 fd = sockets.http.fileno()
@@ -56,7 +65,8 @@ specs = (
     ChildSpec("router", (sys.executable, "-c", ROUTER, str(fd)), launch.ROUTER_STAGE, (fd,)),
     ChildSpec("worker", (sys.executable, "-c", WORKER), launch.WORKER_STAGE),
 )
-raise SystemExit(asyncio.run(launch.supervise(config.serve_config(given), specs, sockets, "m")))
+reloads = hangup.Reloads(given, lambda: given)
+raise SystemExit(asyncio.run(launch.supervise(config.serve_config(given), specs, sockets, reloads, "m")))
 """
 
 
@@ -137,6 +147,47 @@ def test_a_second_signal_kills_what_is_left(serving: Serving) -> None:
     assert time.monotonic() - started_s < 15.0
     assert "ended by force" in error
     assert all(is_gone(pid) for pid in serving.pids.values())
+
+
+def test_a_hangup_is_passed_on_and_ends_nobody(serving: Serving) -> None:
+    # The small router has no handler of its own: what it was born with must keep it alive.
+    for _ in range(3):
+        serving.process.send_signal(signal.SIGHUP)
+        time.sleep(0.2)
+    assert serving.router_pid() == serving.pids["router"]
+    assert Path(f"/proc/{serving.pids['worker']}").exists()
+    code, error = serving.end(signal.SIGTERM)
+    assert code == 0 and error.count("[worker] worker reads again") >= 2 and "starting again" not in error
+
+
+def test_a_terminal_that_closes_ends_nobody() -> None:
+    master, terminal = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"ROUTER = {ROUTER!r}\nWORKER = {TALKATIVE!r}\nimport fcntl, termios\n"
+         f"fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n{MAIN}"],
+        cwd=ROOT, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
+    )  # fmt: skip
+    os.close(terminal)
+    try:
+        said = ""
+        while "try: " not in said:
+            said += os.read(master, 65536).decode(errors="replace")
+        url = re.findall(r"http://[\d.]+:\d+", said)[0]
+        worker = int(re.findall(r"worker +pid (\d+)", said)[0])
+        os.close(master)
+        time.sleep(1.0)
+        with urllib.request.urlopen(url, timeout=RUN_BUDGET_S) as response:
+            assert response.status == 200
+        assert process.poll() is None and Path(f"/proc/{worker}").exists()
+        # More than a pipe holds: somebody still reads what the worker says.
+        written = int(Path("/proc", str(worker), "io").read_text().split("wchar: ")[1].split()[0])
+        time.sleep(1.0)
+        assert int(Path("/proc", str(worker), "io").read_text().split("wchar: ")[1].split()[0]) > written
+        process.send_signal(signal.SIGTERM)
+        process.wait(RUN_BUDGET_S)
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_a_killed_router_comes_back_and_no_connection_is_refused(serving: Serving) -> None:

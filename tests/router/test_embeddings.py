@@ -199,7 +199,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     (_body({"text": "a"}), "input"),
     ({"model": "m"}, "input"),
     ({"model": "other", "input": "a"}, "model"),
-    ({"input": "a"}, "model"),
+    ({"input": "a", "model": 5}, "model"),
     (_body("a", encoding_format="int8"), "encoding_format"),
     (_body("a", dimensions=0), "dimensions"),
     (_body("a", truncate_prompt_tokens=0), "truncate_prompt_tokens"),

@@ -26,7 +26,8 @@ async def test_every_route_is_in_the_document_and_nothing_else(stage: Stage) -> 
     routes = {
         (route.method, re.sub(r":[^}]*}", "}", route.resource.canonical))
         for route in stage.router._http.app().router.routes()
-        if route.resource is not None and route.method != "HEAD"
+        # Each has a twin with a slash at its end, which is forgiven and not told.
+        if route.resource is not None and route.method != "HEAD" and not route.resource.canonical.endswith("/")
     }
     found = await document(stage)
     told = {(method.upper(), path) for path, methods in found["paths"].items() for method in methods}
