@@ -39,6 +39,7 @@ from kvtransfer.transport import Agreement, Buffer, Completion, Endpoint, Identi
 from kvtransfer.ucx_driver import TOKEN_BYTES, RawEndpoint, UcxApi, UcxDriver
 from kvtransfer.ways import Way, ways_to
 from protocol.channel import Channel, accept, dial
+from protocol.door import GuardedRunner
 from protocol.errors import BatonError, ConfigError, FingerprintMismatch, PeerLost, ProtocolError, TransferError
 from protocol.wire import PeerAddress, PeerHello, PeerMessage, PeerReady, PeerRefused
 
@@ -154,7 +155,7 @@ class UcxTransport(Transport):
         ip = await _resolve(self._config.host)
         self._driver(self._ways(self._config.host, identity.slots)[0]).listen()
         app = web.Application()
-        runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=1.0)
+        runner = GuardedRunner(app, shutdown_timeout=1.0)
         listener = UcxListener(
             runner, PeerAddress(worker_id=identity.worker_id, instance=identity.instance, transport="ucx")
         )

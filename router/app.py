@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
 import signal
 import socket
 import time
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Final
 
 from aiohttp import web
 
+from protocol.door import GuardedRunner
 from protocol.errors import ConfigError
 from protocol.local_channel import SCHEME, listen
 from router.config import RouterConfig
@@ -70,9 +72,7 @@ class Router:
             OSError: a port cannot be had.
         """
         config = self._config
-        workers = web.AppRunner(
-            self._control.app(), access_log=None, handler_cancellation=True, shutdown_timeout=CLOSE_BUDGET_S
-        )
+        workers = GuardedRunner(self._control.app(), CLOSE_BUDGET_S, handler_cancellation=True)
         self.control_port = await self._listen(workers, config.control_host, config.control_port, config.control_fd)
         app = self._http.app()
         app.on_response_prepare.append(self._close_after)
@@ -145,6 +145,8 @@ class Router:
         self._runners.append(runner)
         site: web.BaseSite
         if fd is not None:
+            # It came over an exec, and would go on into every process that is started here.
+            os.set_inheritable(fd, False)
             site = web.SockSite(runner, socket.socket(fileno=fd), backlog=BACKLOG)
         else:
             site = web.TCPSite(runner, host, port, backlog=BACKLOG)
