@@ -36,7 +36,8 @@ GO_ON_BYTES: Final = 64 << 10
 LIMIT_BYTES: Final = 256 << 10
 KERNEL_UNSENT_BYTES: Final = 16 << 10
 NUM_STALL_CHECKS: Final = 8
-_HEADERS: Final = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
+# Without the charset there are clients that read Latin-1.
+EVENT_HEADERS: Final = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
 
 
 class EventStream:
@@ -49,7 +50,7 @@ class EventStream:
     """
 
     def __init__(self, request: web.Request, shape: Shape, session: Session, stall_s: float) -> None:
-        self.response = web.StreamResponse(headers=_HEADERS)
+        self.response = web.StreamResponse(headers=EVENT_HEADERS)
         self._request = request
         self._shape = shape
         self._session = session

@@ -32,16 +32,18 @@ from router.core import Core
 from router.doorway import TENANT, Origins, keys_needed
 from router.embeddings import EmbeddingRoutes
 from router.endpoints import ENDPOINTS, document
-from router.event_stream import EventStream
+from router.event_stream import EVENT_HEADERS, EventStream
 from router.intake import Job
 from router.metrics import CONTENT_TYPE, Metrics
 from router.prompt_logprobs import read_prompts
 from router.readout_routes import ReadoutRoutes
+from router.request_ids import HEADER, named_in
 from router.response_request import ResponsesRequest
 from router.response_shape import shape_of
 from router.responses import (
     DetokenizeAnswer,
     Health,
+    Life,
     Load,
     ModelCard,
     ModelList,
@@ -58,7 +60,6 @@ from router.text import Piece
 
 log = logging.getLogger(__name__)
 
-MAX_REQUEST_ID_CHARS: Final = 128
 REQUEST_ID: Final = web.RequestKey("request_id", str)
 
 Kind = type[ChatRequest] | type[CompletionRequest] | type[ResponsesRequest]
@@ -97,6 +98,8 @@ class HttpServer:
         get("/v1/models", self._models)
         get("/v1/models/{model:.+}", self._model)
         get("/health", self._health)
+        get("/readyz", self._health)
+        get("/livez", self._life)
         get("/ping", self._health)
         post("/ping", self._health)
         get("/load", self._load)
@@ -133,7 +136,7 @@ class HttpServer:
         body = await self._read(request)
         with self._core.admission():
             job = await self._core.admit(len(body), partial(self._job, request, body, kind))
-        request[REQUEST_ID] = name = _request_id(request) or job.request_id or request[REQUEST_ID]
+        request[REQUEST_ID] = name = named_in(request.headers) or job.request_id or request[REQUEST_ID]
         read = await read_prompts(self._core, job, arrived_s)
         shape = shape_of(job, self._tokenizer, name, read)
         if job.is_prompt_only:
@@ -150,7 +153,7 @@ class HttpServer:
         """Answer with a stream that outlives its connection: a new one, or the rest of one that is kept."""
         body = await self._read(request)
         asked = f"{request.path}\n{request[TENANT]}\n".encode() + body
-        claim = claim_of(request.headers, _request_id(request), self._config.max_resume_s, asked)
+        claim = claim_of(request.headers, named_in(request.headers), self._config.max_resume_s, asked)
         kept = self._kept.find(claim)
         if kept is None:
             with self._core.admission():
@@ -192,7 +195,7 @@ class HttpServer:
         ended = Piece(finish_reason=FinishReason.LENGTH)
         if not job.is_stream:
             return _json(shape.answer([ended for _ in job.choices]))
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
+        response = web.StreamResponse(headers=EVENT_HEADERS)
         await response.prepare(request)
         for choice in job.choices:
             await response.write(shape.chunk(choice.index, Piece(finish_reason=FinishReason.LENGTH)))
@@ -279,6 +282,9 @@ class HttpServer:
         status = "ok" if not missing else "unavailable"
         return _json(encode_json(Health(status=status, missing=missing)), 503 if missing else 200)
 
+    async def _life(self, _: web.Request) -> web.Response:
+        return _json(encode_json(Life(status="ok")))
+
     async def _load(self, _: web.Request) -> web.Response:
         running, waiting = self._switchboard.dispatch.num_running, self._switchboard.dispatch.num_waiting
         return _json(encode_json(Load(server_load=running + waiting, running=running, waiting=waiting)))
@@ -338,7 +344,7 @@ def census(switchboard: Switchboard) -> dict[str, Any]:
 @web.middleware
 async def errors_in_openai_shape(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Answer every error as OpenAI would."""
-    request[REQUEST_ID] = _request_id(request) or secrets.token_hex(12)
+    request[REQUEST_ID] = named_in(request.headers) or secrets.token_hex(12)
     try:
         return await handler(request)
     except (RequestRejected, RequestFailed) as error:
@@ -380,8 +386,6 @@ async def _read(request: web.Request, budget_s: float) -> bytes:
     """
     if "Content-Type" in request.headers and request.content_type != "application/json":
         raise web.HTTPUnsupportedMediaType(text=f"send application/json, not {request.content_type[:100]}")
-    if request.headers.get("Content-Encoding", "identity").lower() != "identity":
-        raise web.HTTPUnsupportedMediaType(text="send the body as it is: compressed bodies are not taken")
     announced = request.content_length or 0
     if announced > request.client_max_size:
         raise web.HTTPRequestEntityTooLarge(request.client_max_size, announced)
@@ -398,14 +402,7 @@ def _json(body: bytes, status: int = 200, headers: dict[str, str] | None = None)
     return web.Response(body=body, status=status, headers={**(headers or {}), "Content-Type": "application/json"})
 
 
-def _request_id(request: web.Request) -> str | None:
-    """Return the client's id of a request, if it is fit for a header."""
-    given = request.headers.get("X-Request-ID", "")
-    is_fit = 0 < len(given) <= MAX_REQUEST_ID_CHARS and given.isascii() and given.isprintable()
-    return given if is_fit else None
-
-
 async def _name_response(request: web.Request, response: web.StreamResponse) -> None:
     name = request.get(REQUEST_ID)
-    if name and name.isascii() and name.isprintable():
-        response.headers["X-Request-ID"] = name
+    if name:
+        response.headers[HEADER] = name
