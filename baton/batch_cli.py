@@ -18,6 +18,7 @@ import uvloop
 
 from baton.batch import Batch, Done, Tally, Target, read_done
 from baton.config import environment
+from baton.log_lines import SHORT, start_log
 from baton.options import in_process_options
 from model.errors import ModelError
 from protocol.errors import BatonError, ConfigError
@@ -44,7 +45,7 @@ class Plan:
 def main(arguments: Sequence[str]) -> int:
     """Run the command; return the exit code of the process."""
     options = vars(_parser().parse_args(arguments))
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    start_log(logging.WARNING, SHORT)
     try:
         plan = _plan(options)
         with plan.source.open("rb") as lines, plan.out.open("ab") as results:

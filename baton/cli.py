@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import logging
 import resource
 import sys
 import traceback
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from baton import config
+from baton.log_lines import LONG, start_log
 from baton.options import Option, options_of
 from baton.settings import Settings, merge
 from baton.values import switch
@@ -151,12 +151,7 @@ def _version() -> str:
 
 
 def _run(settings: Settings) -> int:
-    logging.basicConfig(
-        level=settings["log_level"].upper(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        datefmt="%H:%M:%S",
-        stream=sys.stderr,
-    )
+    start_log(settings["log_level"].upper(), LONG)
     _allow_descriptors()
     if settings.role == "serve":
         from baton.launch import serve
