@@ -39,7 +39,7 @@ from kvtransfer.transport import Agreement, Buffer, Completion, Endpoint, Identi
 from kvtransfer.ucx_driver import TOKEN_BYTES, RawEndpoint, UcxApi, UcxDriver
 from kvtransfer.ways import Way, ways_to
 from protocol.channel import Channel, accept, dial
-from protocol.door import GuardedRunner
+from protocol.door import GuardedRunner, Hearsay
 from protocol.errors import BatonError, ConfigError, FingerprintMismatch, PeerLost, ProtocolError, TransferError
 from protocol.wire import PeerAddress, PeerHello, PeerMessage, PeerReady, PeerRefused
 
@@ -142,6 +142,7 @@ class UcxTransport(Transport):
         self._drivers: dict[str, UcxDriver] = {}
         self._session: aiohttp.ClientSession | None = None
         self._listeners: list[UcxListener] = []
+        self._hearsay = Hearsay(log)
         self._dialled: set[UcxEndpoint] = set()
         self._detours: dict[str, tuple[int, Way]] = {}  # instance of a worker, and the way to it that passed
         self._refused: set[str] = set()  # transports that do not take GPU memory; said once
@@ -301,7 +302,7 @@ class UcxTransport(Transport):
         try:
             channel = await accept(request, self._secret, PURPOSE, ping_s=2 * self._config.progress_s)
         except BatonError as error:
-            log.warning("refused a peer from %s: %s", request.remote, error)
+            self._hearsay.warn("refused a peer from %s: %s", request.remote, error)
             return web.Response(status=403)
         try:
             async with asyncio.timeout(self._config.connect_s):

@@ -39,6 +39,7 @@ MAX_HEADERS: Final = 32
 READ_BYTES: Final = 4096
 LINGER_S: Final = 1.0
 SAY_EVERY_S: Final = 10.0
+MAX_SAID: Final = 10
 
 
 class Stranger(Protocol):
@@ -46,6 +47,34 @@ class Stranger(Protocol):
 
     def cut(self) -> None:
         """End it at once."""
+
+
+class Hearsay:
+    """Lines of the log that strangers cause: MAX_SAID in SAY_EVERY_S, and then how many more there were.
+
+    Args:
+        speaker: logger of whoever warns.
+        clock: monotonic seconds.
+    """
+
+    def __init__(self, speaker: logging.Logger, clock: Callable[[], float] = time.monotonic) -> None:
+        self._speaker = speaker
+        self._clock = clock
+        self._since_s = float("-inf")
+        self._num_said = self._num_left_out = 0
+
+    def warn(self, message: str, *arguments: object) -> None:
+        """Write a line, or count it."""
+        now_s = self._clock()
+        if now_s - self._since_s >= SAY_EVERY_S:
+            if self._num_left_out:
+                self._speaker.warning("%d more lines like the last one were left out", self._num_left_out)
+            self._since_s, self._num_said, self._num_left_out = now_s, 0, 0
+        if self._num_said < MAX_SAID:
+            self._num_said += 1
+            self._speaker.warning(message, *arguments)
+        else:
+            self._num_left_out += 1
 
 
 class Strangers:
@@ -62,8 +91,7 @@ class Strangers:
         self._dice = random.Random()
         self._here: dict[Stranger, tuple[str, float]] = {}  # in the order in which they came
         self._num_by_host: Counter[str] = Counter()
-        self._num_cut = 0
-        self._said_s = float("-inf")
+        self._hearsay = Hearsay(log, clock)
 
     def __len__(self) -> int:
         return len(self._here)
@@ -85,14 +113,11 @@ class Strangers:
             del self._num_by_host[found[0]]
 
     def cut(self, stranger: Stranger, reason: str) -> None:
-        """Cut one; the log hears of it now and then, whatever they do."""
+        """Cut one."""
         host = self._here[stranger][0] if stranger in self._here else "an unknown host"
         self.leave(stranger)
         stranger.cut()
-        self._num_cut += 1
-        if self._clock() - self._said_s >= SAY_EVERY_S:
-            log.warning("cut %d unproved connections, the last from %s: %s", self._num_cut, host, reason)
-            self._num_cut, self._said_s = 0, self._clock()
+        self._hearsay.warn("cut an unproved connection from %s: %s", host, reason)
 
     def _one_too_many(self, newest: Stranger) -> Stranger:
         most = max(self._num_by_host.values())

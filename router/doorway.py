@@ -19,6 +19,7 @@ from typing import Any, Final
 
 from aiohttp import HttpVersion11, web
 from aiohttp.http_exceptions import LineTooLong
+from aiohttp.web_protocol import _ErrInfo
 from aiohttp.web_request import BaseRequest
 
 from router.access import OPEN_PATHS, Access
@@ -32,6 +33,7 @@ TENANT: Final = web.RequestKey("tenant", str)
 MAX_LINE_BYTES: Final = 8190
 MAX_HEADERS: Final = 128
 MAX_HEAD_BYTES: Final = 64 << 10
+HEAD_PIECE_BYTES: Final = 16 << 10
 PREFLIGHT_AGE_S: Final = 600
 _EXPOSED: Final = "X-Request-ID, Retry-After"
 _TOO_LARGE: Final = (
@@ -131,11 +133,24 @@ class _Connection(web.RequestHandler):
 
     def data_received(self, data: bytes) -> None:
         # While it waits for a request, all that comes belongs to heads.
-        is_waiting = self._waiter is not None and not self._waiter.done()
-        self._num_head_bytes = self._num_head_bytes + len(data) if is_waiting else 0
-        super().data_received(data)
+        is_head = self._request_count == 0 or (self._waiter is not None and not self._waiter.done())
+        if not is_head:
+            self._num_head_bytes = 0
+            super().data_received(data)
+            return
+        # In small pieces, for a parser that stumbles keeps what it was given, several times over.
+        for start in range(0, max(1, len(data)), HEAD_PIECE_BYTES):
+            self._take_head(data[start : start + HEAD_PIECE_BYTES])
+
+    def _take_head(self, piece: bytes) -> None:
+        self._num_head_bytes += len(piece)
+        super().data_received(piece)
         if self._messages:
             self._num_head_bytes = 0
+            if isinstance(self._messages[-1][0], _ErrInfo) or self._upgraded:
+                # Nothing is made of what follows a broken head; nor is there another protocol to change to.
+                self._message_tail = b""
+                self._close = True
         elif self._num_head_bytes > MAX_HEAD_BYTES and self.transport is not None:
             log.info("a head of more than %d bytes", MAX_HEAD_BYTES)
             self.transport.write(_too_large())
