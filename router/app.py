@@ -186,6 +186,7 @@ async def run(config: RouterConfig) -> int:
     try:
         await router.start()
         router.core.grammars.warm()
+        tokenizer.warm()
         # What is there now stays: a collection that walks through it would hold up every stream for tens of ms.
         gc.freeze()
         assert router.clock is not None

@@ -17,6 +17,7 @@ from typing import Any, Final, TypeVar
 
 from protocol.errors import GrammarError, InvalidRequest, NotReady, Overloaded
 from protocol.readout import EmbeddingCard
+from router.chat_template import RendersElsewhere
 from router.config import RouterConfig
 from router.grammar_checks import GrammarChecks
 from router.intake import Intake, Job
@@ -48,6 +49,7 @@ class Core:
         self.grammars = GrammarChecks(config.model_path)
         self._num_admitting = self._num_in_threads = 0
         self._threads = ThreadPoolExecutor(NUM_TEXT_THREADS, thread_name_prefix="text")
+        self._rendering = ThreadPoolExecutor(NUM_TEXT_THREADS, thread_name_prefix="rendering")
 
     async def started(self) -> None:
         """Wait until the first pair of workers is there, or has had its time to come."""
@@ -134,17 +136,22 @@ class Core:
             raise InvalidRequest("model: this model only embeds: use /v1/embeddings", "model")
 
     async def off_loop(self, num_bytes: int, work: Callable[[], Result]) -> Result:
-        """Run work on text: here if it is short, in a thread if it is long.
+        """Run work on text: here if it is short, in a thread if it is long or its chat template is not plain.
 
         Raises:
             Overloaded: as many long texts as may wait for a thread do.
         """
+        threads = self._threads
         if num_bytes <= LONG_TEXT_BYTES:
-            return work()
+            try:
+                return work()
+            except RendersElsewhere:
+                # Threads of its own: a template that takes its time holds up no other text.
+                threads = self._rendering
         if self._num_in_threads >= self.max_num_requests:
             raise Overloaded(f"{self._num_in_threads} long texts wait to be tokenised", OVERLOAD_RETRY_S)
         self._num_in_threads += 1
-        future = asyncio.get_running_loop().run_in_executor(self._threads, work)
+        future = asyncio.get_running_loop().run_in_executor(threads, work)
         # A thread works on for a client that has left, so its place is free when the thread is.
         future.add_done_callback(self._left_thread)
         return await asyncio.shield(future)
@@ -158,3 +165,4 @@ class Core:
         """Let threads and child processes go."""
         await self.grammars.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
+        self._rendering.shutdown(wait=False, cancel_futures=True)
