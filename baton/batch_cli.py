@@ -21,6 +21,7 @@ from baton.batch import Batch, Done, Tally, Target, read_done
 from baton.command_line import add_options, spelled, unexpected
 from baton.config import environment
 from baton.hangup import hold
+from baton.log_lines import SHORT, start_log
 from baton.option import Option
 from baton.options import in_process_options
 from baton.vllm_names import ALIASES, ELSEWHERE
@@ -49,7 +50,7 @@ class Plan:
 def main(arguments: Sequence[str]) -> int:
     """Run the command; return the exit code of the process."""
     hold()
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    start_log(logging.WARNING, SHORT)
     try:
         plan = _plan(parse(arguments))
         with plan.source.open("rb") as lines, plan.out.open("ab") as results:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import logging
 import resource
 import sys
 import traceback
@@ -26,6 +25,7 @@ from typing import Any
 from baton import config
 from baton.command_line import add_options, spelled, unexpected
 from baton.hangup import Reloads, hold
+from baton.log_lines import LONG, start_log
 from baton.options import options_of
 from baton.settings import Settings, merge, misspelt
 from baton.values import did_you_mean
@@ -162,12 +162,7 @@ def _version() -> str:
 
 def _run(reloads: Reloads) -> int:
     settings = reloads.settings
-    logging.basicConfig(
-        level=settings["log_level"].upper(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        datefmt="%H:%M:%S",
-        stream=sys.stderr,
-    )
+    start_log(settings["log_level"].upper(), LONG)
     _allow_descriptors()
     if settings.role == "serve":
         from baton.launch import serve

@@ -6,7 +6,8 @@
 
 1. A child lives in a session of its own, so that Ctrl-C reaches it only through here, in order; and it dies with this
    process, however that ends (PR_SET_PDEATHSIG). It is forked by the nursery where it may be, else started by exec.
-2. Its output is read line by line, handed on, and its last lines kept for the message that says why it failed.
+2. Its output is read line by line, handed on without what only a terminal would obey, and its last lines kept for the
+   message that says why it failed.
 3. An ended child is started again after a pause that doubles, and is short again once the child has run for a while.
 4. Until `mark_ready`, giving up is right: a child that never worked will not work by itself.
 """
@@ -22,6 +23,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from baton.log_lines import escaped
 from baton.nursery import AdoptedProcess, Nursery, begin_as_child
 from protocol.errors import BatonError
 
@@ -231,6 +233,7 @@ class Supervisor:
                 self._take_line(child, rest.decode(errors="replace").rstrip())
 
     def _take_line(self, child: _Child, line: str) -> None:
+        line = escaped(line)
         child.last_lines.append(line)
         # Who reads our own output may be gone; the children's is read all the same, or they would wait to write.
         with contextlib.suppress(OSError):

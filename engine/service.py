@@ -3,8 +3,8 @@
     STARTING ─► SERVING ─SIGTERM or Drain─► DRAINING ─nothing placed here, or budget over─► STOPPED (exit code 0)
                    └── compute thread dead, dismissed for good, wrong secret ─► FAILED       (exit code 1 or 2)
 
-1. The role loads its model and builds its parts, then `run` registers with every router and serves `/health` and
-   `/census` on the admin port.
+1. The role loads its model and builds its parts, then `run` registers with every router and serves `/health`,
+   `/livez`, `/readyz` and `/census` on the admin port.
 2. A placement (`Prefill`, `Reserve`) is adopted: its router holds a lease on it until it ends here.
 3. A timer reclaims what routers no longer renew; no new work is needed for that.
 4. Messages about a placement go to the router connection that placed it, and nowhere else.
@@ -26,6 +26,7 @@ from aiohttp import web
 
 from engine.config import ServiceConfig
 from engine.router_link import RouterLink
+from protocol.door import GuardedRunner
 from protocol.errors import BatonError
 from protocol.kv_layout import KVFingerprint
 from protocol.request import TokenRow
@@ -49,6 +50,7 @@ from protocol.wire import (
 log = logging.getLogger(__name__)
 
 REAP_INTERVAL_S = 0.25
+ADMIN_CLOSE_S = 1.0
 
 
 class ServiceState(Enum):
@@ -288,7 +290,9 @@ class WorkerService:
         app = web.Application()
         app.router.add_get("/census", self._serve_census)
         app.router.add_get("/health", self._serve_health)
-        runner = web.AppRunner(app, access_log=None)
+        app.router.add_get("/readyz", self._serve_health)
+        app.router.add_get("/livez", self._serve_life)
+        runner = GuardedRunner(app, ADMIN_CLOSE_S)
         await runner.setup()
         site = web.TCPSite(runner, self.config.admin_host, self.config.admin_port)
         await site.start()
@@ -301,6 +305,9 @@ class WorkerService:
     async def _serve_health(self, _: web.Request) -> web.Response:
         status = 200 if self.state is ServiceState.SERVING else 503
         return web.json_response({"state": self.state.value}, status=status)
+
+    async def _serve_life(self, _: web.Request) -> web.Response:
+        return web.json_response({"state": self.state.value})
 
 
 def new_registration(

@@ -45,6 +45,7 @@ from kvtransfer.transport import Agreement, Buffer, Completion, Endpoint, Identi
 from kvtransfer.ucx_driver import UcxApi, UcxContext, UcxDriver
 from kvtransfer.ways import Way, ways_to
 from protocol.channel import Channel, accept, dial
+from protocol.door import GuardedRunner, Hearsay
 from protocol.errors import BatonError, ConfigError, FingerprintMismatch, PeerLost, ProtocolError, TransferError
 from protocol.wire import PeerAddress, PeerHello, PeerMessage, PeerPath, PeerReady, PeerRefused
 
@@ -144,6 +145,7 @@ class UcxTransport(Transport):
         self._contexts: dict[tuple[str, Device], UcxContext] = {}
         self._session: aiohttp.ClientSession | None = None
         self._listeners: list[UcxListener] = []
+        self._hearsay = Hearsay(log)
         self._dialled: set[UcxEndpoint] = set()
         self._detours: dict[str, tuple[int, Way]] = {}  # instance of a worker, and the way to it that passed
         self._refused: set[str] = set()  # transports that do not take GPU memory; said once
@@ -160,7 +162,7 @@ class UcxTransport(Transport):
         device = self._device(ip)
         self._context(self._ways(ip, device, identity.slots)[0], device)
         app = web.Application()
-        runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=1.0)
+        runner = GuardedRunner(app, shutdown_timeout=1.0)
         listener = UcxListener(
             runner, PeerAddress(worker_id=identity.worker_id, instance=identity.instance, transport="ucx")
         )
@@ -330,7 +332,7 @@ class UcxTransport(Transport):
         try:
             channel = await accept(request, self._secret, PURPOSE, ping_s=2 * self._config.progress_s)
         except BatonError as error:
-            log.warning("refused a peer from %s: %s", request.remote, error)
+            self._hearsay.warn("refused a peer from %s: %s", request.remote, error)
             return web.Response(status=403)
         try:
             async with asyncio.timeout(self._config.connect_s):

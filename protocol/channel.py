@@ -12,6 +12,10 @@ network.
 
 Whoever refuses says why in the closing frame: the other side raises the same error with the same words.
 
+Until the proof is checked the acceptor takes frames of MAX_HANDSHAKE_BYTES: a larger one is refused at its head, before
+anything of it is kept, and so are fragments that add up to more. Nothing is ever compressed, and what says that it is
+ends the conversation. How many may try, and for how long, is for the port to say (`protocol/door.py`).
+
 Sending never waits (`post`): one writer task drains a bounded queue, and a peer that does not read is cut off when the
 bound is reached, so that it can stall nobody else.
 """
@@ -29,7 +33,9 @@ from typing import Final, Protocol
 
 import aiohttp
 from aiohttp import web
+from aiohttp.http import WebSocketReader
 
+from protocol.door import trust
 from protocol.errors import AuthenticationFailed, PeerLost, ProtocolError, VersionMismatch
 from protocol.wire import (
     MAX_MESSAGE_BYTES,
@@ -231,16 +237,40 @@ async def accept(request: web.Request, secret: bytes, purpose: str, ping_s: floa
     Raises:
         AuthenticationFailed, VersionMismatch, ProtocolError, PeerLost: the socket is closed; say it in the log.
     """
-    web_socket = web.WebSocketResponse(
-        max_msg_size=MAX_MESSAGE_BYTES + 1, compress=False, heartbeat=ping_s, timeout=CLOSE_BUDGET_S
-    )
-    await web_socket.prepare(request)
+    if request.body_exists:
+        raise ProtocolError("a request for a channel has no body")
+    web_socket = _Threshold(ping_s)
     try:
         async with asyncio.timeout(HANDSHAKE_BUDGET_S):
+            await web_socket.prepare(request)
             await _shaken(web_socket, _verify(web_socket, secret, purpose))
+    except web.HTTPException as error:
+        raise ProtocolError("the request is not for a channel") from error
     except (TimeoutError, OSError) as error:
         raise PeerLost(f"handshake not finished: {str(error) or 'no answer in time'}") from error
     return Channel(web_socket, request.remote or "")
+
+
+class _Threshold(web.WebSocketResponse):
+    """The acceptor's end: its frames have the size of a handshake's until the proof is checked.
+
+    aiohttp has no way to let the limit of a reader grow, so that it gets another reader. That is safe in between: a
+    dialer that has sent its proof says nothing before it is accepted, but for a ping, which is whole in one read.
+    """
+
+    def __init__(self, ping_s: float | None) -> None:
+        super().__init__(max_msg_size=MAX_HANDSHAKE_BYTES + 1, compress=False, heartbeat=ping_s, timeout=CLOSE_BUDGET_S)
+
+    def widen(self) -> None:
+        """Take whole messages from now on."""
+        request = self._req
+        assert request is not None and self._reader is not None, "the handshake went over it"
+        connection = request.protocol
+        if connection._payload_parser is not self._parser:
+            return  # the connection is lost already
+        self._parser = WebSocketReader(self._reader, MAX_MESSAGE_BYTES + 1, compress=False, decode_text=True)
+        connection._payload_parser = self._parser
+        trust(request)
 
 
 async def _shaken(web_socket: WebSocket, handshake: Coroutine[None, None, None]) -> None:
@@ -274,7 +304,7 @@ async def _prove(web_socket: WebSocket, secret: bytes, purpose: str) -> None:
         raise AuthenticationFailed("the other side does not hold our cluster secret")
 
 
-async def _verify(web_socket: WebSocket, secret: bytes, purpose: str) -> None:
+async def _verify(web_socket: _Threshold, secret: bytes, purpose: str) -> None:
     nonce = secrets.token_bytes(32)
     await web_socket.send_bytes(encode(Challenge(version=WIRE_VERSION, nonce=nonce)))
     proof = await _next(web_socket)
@@ -284,6 +314,7 @@ async def _verify(web_socket: WebSocket, secret: bytes, purpose: str) -> None:
         raise VersionMismatch(f"one side speaks wire version {proof.version}, the other {WIRE_VERSION}")
     if not hmac.compare_digest(proof.mac, _mac(secret, "dial", purpose, nonce, proof.nonce)):
         raise AuthenticationFailed(f"wrong cluster secret, or not a {purpose!r} channel")
+    web_socket.widen()
     await web_socket.send_bytes(encode(Accept(mac=_mac(secret, "accept", purpose, nonce, proof.nonce))))
 
 

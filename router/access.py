@@ -27,7 +27,7 @@ from protocol.errors import ConfigError, Unauthorized
 
 log = logging.getLogger(__name__)
 
-OPEN_PATHS: Final = frozenset({"/health", "/ping", "/metrics", "/version", "/openapi.json"})
+OPEN_PATHS: Final = frozenset({"/health", "/livez", "/readyz", "/ping", "/metrics", "/version", "/openapi.json"})
 CHECK_EVERY_S: Final = 1.0
 MAX_KEY_CHARS: Final = 512
 

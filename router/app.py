@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Final
 
 from aiohttp import web
 
+from protocol.door import GuardedRunner
 from protocol.errors import ConfigError
 from protocol.local_channel import SCHEME, listen
 from router.config import RouterConfig
@@ -72,9 +73,7 @@ class Router:
             OSError: a port cannot be had.
         """
         config = self._config
-        workers = web.AppRunner(
-            self._control.app(), access_log=None, handler_cancellation=True, shutdown_timeout=CLOSE_BUDGET_S
-        )
+        workers = GuardedRunner(self._control.app(), CLOSE_BUDGET_S, handler_cancellation=True)
         self.control_port = await self._listen(workers, config.control_host, config.control_port, config.control_fd)
         app = self._http.app()
         app.on_response_prepare.append(self._close_after)
@@ -210,6 +209,7 @@ async def run(config: RouterConfig, on_running: Callable[[Reload], None] = lambd
         await router.start()
         on_running(router.reload)
         router.core.grammars.warm()
+        tokenizer.warm()
         # What is there now stays: a collection that walks through it would hold up every stream for tens of ms.
         gc.freeze()
         assert router.clock is not None

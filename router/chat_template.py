@@ -1,28 +1,39 @@
 """Turn chat messages into a prompt with the model's own Jinja template.
 
+    plain (`router/template_rules.py`) ─► rendered here
+    any other ─► on an event loop: `RendersElsewhere`, and again in a thread
+                   └ in a thread: rendered by a process with a budget of its own (`router/template_process.py`)
+
 The template comes with the model or from the operator, the messages from anybody: both are data here. The sandbox lets
-a template change nothing and reach no attribute that Python keeps private.
+a template change nothing and reach no attribute that Python keeps private; that it ends, in time and without taking all
+memory, is known of plain ones alone. Others are not even compiled here, for that computes what is constant.
 """
 
 from __future__ import annotations
 
-import datetime
-import json
+import asyncio
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, Final
 
 import jinja2
-import jinja2.meta
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import nodes
 
 from protocol.errors import ConfigError, InvalidRequest
+from router.template_child import REFUSALS, new_environment
+from router.template_process import TemplateProcess
+from router.template_rules import is_plain
 
+MAX_TEMPLATE_CHARS: Final = 1 << 20
+MAX_TOKEN_CHARS: Final = 1024
 RESERVED = frozenset({"messages", "add_generation_prompt", "bos_token", "eos_token", "pad_token", "unk_token", "tools"})
 
 
+class RendersElsewhere(Exception):
+    """A template is not rendered on an event loop: ask again in a thread."""
+
+
 class ChatTemplate:
-    """A compiled template.
+    """A template. Safe to share between threads.
 
     Args:
         source: Jinja text.
@@ -33,16 +44,29 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _raise
-        environment.globals["strftime_now"] = _strftime_now
+        if len(source) > MAX_TEMPLATE_CHARS:
+            raise ConfigError(f"chat-template: longer than {MAX_TEMPLATE_CHARS} characters")
+        environment = new_environment()
         self._special_tokens = dict(special_tokens)
+        short = {name for name, token in special_tokens.items() if len(token) <= MAX_TOKEN_CHARS}
+        self._process: TemplateProcess | None = None
         try:
-            self.knows_tools = "tools" in jinja2.meta.find_undeclared_variables(environment.parse(source))
-            self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
+            tree = environment.parse(source)
+            # jinja2.meta would compute what is constant.
+            names = tree.find_all(nodes.Name)
+            self.knows_tools = any(name.name == "tools" and name.ctx == "load" for name in names)
+            _check_names(tree, environment)
+            if is_plain(tree, len(source), frozenset(short | {"add_generation_prompt"})):
+                self._template = environment.from_string(source)
+            else:
+                self._process = TemplateProcess(source)
+        except (jinja2.TemplateError, RecursionError, ValueError) as error:
             raise ConfigError(f"chat-template: not a valid Jinja template: {error}") from error
+
+    def warm(self) -> None:
+        """Start what renders it elsewhere, if it is not plain."""
+        if self._process is not None:
+            self._process.warm()
 
     def render(
         self,
@@ -61,6 +85,8 @@ class ChatTemplate:
 
         Raises:
             InvalidRequest: the template refuses these messages.
+            RequestFailed: it takes more than its budget for them.
+            RendersElsewhere: this is an event loop's thread, and the template is not plain.
         """
         if reserved := RESERVED.intersection(variables or ()):
             raise InvalidRequest(f"chat_template_kwargs may not set {sorted(reserved)[0]}", "chat_template_kwargs")
@@ -72,27 +98,30 @@ class ChatTemplate:
             "messages": messages,
             "add_generation_prompt": add_generation_prompt,
         }
+        if self._process is not None:
+            if _is_on_event_loop():
+                raise RendersElsewhere
+            return self._process.render(context)
         try:
             return self._template.render(context)
-        except (
-            jinja2.TemplateError,
-            ArithmeticError,
-            LookupError,
-            TypeError,
-            ValueError,
-            AttributeError,
-            RecursionError,
-        ) as error:
+        except REFUSALS as error:
             raise InvalidRequest(f"the model's chat template refuses these messages: {error}", "messages") from error
 
 
-def _raise(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
+def _check_names(node: nodes.Node, environment: jinja2.Environment) -> None:
+    """Raise TemplateError for filters and tests that do not exist, as compiling would: not for those behind an `if`."""
+    if isinstance(node, nodes.If | nodes.CondExpr):
+        return
+    for kind, known in ((nodes.Filter, environment.filters), (nodes.Test, environment.tests)):
+        if isinstance(node, kind) and node.name not in known:
+            raise jinja2.TemplateError(f"No {kind.__name__.lower()} named {node.name!r}.")
+    for inner in node.iter_child_nodes():
+        _check_names(inner, environment)
 
 
-def _strftime_now(form: str) -> str:
-    return datetime.datetime.now().strftime(form)
-
-
-def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent, **options)
+def _is_on_event_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True

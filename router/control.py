@@ -17,6 +17,7 @@ from typing import Final, get_args
 from aiohttp import web
 
 from protocol.channel import Conversation, accept
+from protocol.door import Hearsay
 from protocol.errors import BatonError, PeerLost, ProtocolError
 from protocol.local_channel import LocalChannel
 from protocol.wire import Dismissed, Register, Welcome, WorkerMessage
@@ -38,6 +39,7 @@ class ControlServer:
         self._config = config
         self._switchboard = switchboard
         self.router_id = secrets.token_hex(8)
+        self._hearsay = Hearsay(log)
         self._local: set[asyncio.Task[None]] = set()
 
     def app(self) -> web.Application:
@@ -73,7 +75,7 @@ class ControlServer:
         try:
             channel = await accept(request, self._config.secret, "control")
         except BatonError as error:
-            log.warning("refused a connection from %s: %s", request.remote, error)
+            self._hearsay.warn("refused a connection from %s: %s", request.remote, error)
             return web.Response(status=403)
         await self._converse_to_the_end(channel, request.remote)
         return await channel.served()

@@ -16,6 +16,7 @@ from typing import Final, TypeVar
 from protocol.errors import GrammarError, InvalidRequest, NotReady
 from protocol.readout import EmbeddingCard
 from router.access_log import current
+from router.chat_template import RendersElsewhere
 from router.config import RouterConfig
 from router.fairness import Shares
 from router.grammar_checks import GrammarChecks
@@ -53,6 +54,7 @@ class Core:
         self.slices = Slices()
         self._admitting = Shares()
         self._threads = TextThreads(config.max_num_requests)
+        self._rendering = TextThreads(config.max_num_requests)
 
     def reload(self, config: RouterConfig) -> None:
         """Take over limits."""
@@ -150,16 +152,22 @@ class Core:
             raise InvalidRequest("model: this model only embeds: use /v1/embeddings", "model")
 
     async def off_loop(self, num_bytes: int, work: Callable[[], Result], long_bytes: int = LONG_TEXT_BYTES) -> Result:
-        """Run work on text: here if it is short, in a thread if it is long.
+        """Run work on text: here if it is short, in a thread if it is long or its chat template is not plain.
 
         Raises:
             Overloaded: as many long texts as may wait for a thread do, of everybody or of this party.
         """
+        threads = self._threads
         if num_bytes <= long_bytes:
-            return work()
-        return await self._threads.run(num_bytes, work)
+            try:
+                return work()
+            except RendersElsewhere:
+                # Threads of its own: a template that takes its time holds up no other text.
+                threads = self._rendering
+        return await threads.run(num_bytes, work)
 
     async def close(self) -> None:
         """Let threads and child processes go."""
         await self.grammars.close()
         self._threads.close()
+        self._rendering.close()

@@ -29,7 +29,8 @@ from router.text import Piece
 
 PAUSE_BYTES: Final = 192 << 10
 LIMIT_BYTES: Final = 256 << 10
-_HEADERS: Final = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
+# Without the charset there are clients that read Latin-1.
+EVENT_HEADERS: Final = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
 
 
 class Source(Protocol):
@@ -65,7 +66,7 @@ class EventStream:
     """
 
     def __init__(self, request: web.Request, shape: Shape, source: Source, unread: Unread, slices: Slices) -> None:
-        self.response = web.StreamResponse(headers=_HEADERS)
+        self.response = web.StreamResponse(headers=EVENT_HEADERS)
         self._request = request
         self._shape = shape
         self._source = source

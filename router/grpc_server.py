@@ -69,12 +69,12 @@ Result = TypeVar("Result")
 SERVICE: Final = pb.DESCRIPTOR.services_by_name["Baton"].full_name
 BIND_BUDGET_S: Final = 5.0
 BIND_RETRY_S: Final = 0.1
+HANDSHAKE_MS: Final = 10_000
 HEALTH_EVERY_S: Final = 0.1
 PAUSE_AFTER_S: Final = 0.5
 GIVE_UP_S: Final = 1.0
 # What a value of an answer takes of a thread's time, in the bytes of text that take as long.
 VALUE_BYTES: Final = 8
-MAX_REQUEST_ID_CHARS: Final = 128
 _STATUS: Final[tuple[tuple[type[BatonError], grpc.StatusCode], ...]] = (
     (Overloaded, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (Unauthorized, grpc.StatusCode.UNAUTHENTICATED),
@@ -137,6 +137,9 @@ class GrpcServer:
             ("grpc.keepalive_time_ms", 30_000),
             ("grpc.keepalive_timeout_ms", 20_000),
             ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+            # Who connects and says nothing, or asks nothing, is closed, as over HTTP.
+            ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
+            ("grpc.max_connection_idle_ms", round(1000 * self._config.idle_s)),
         ]
         server = grpc.aio.server(options=options)
         rpc.add_BatonServicer_to_server(self._service, server)
@@ -314,8 +317,6 @@ class BatonService(rpc.BatonServicer):  # type: ignore[misc, unused-ignore]
         body, kind = body_of(request, self._model)
         body = {**told, **body}
         parsed: ChatRequest | CompletionRequest = parse(body_of_fields(body), kind)
-        if parsed.request_id is not None and not _is_fit(parsed.request_id):
-            raise InvalidRequest("request_id: must be 1 to 128 printable ASCII characters", "request_id")
         job = self._core.intake.job(parsed, max_model_len)
         return replace(job, cache_salt=self._access.salt(tenant, job.cache_salt))
 
@@ -426,7 +427,3 @@ def _address(peer: str) -> str | None:
 def _name(tenant: str, request_id: str) -> str:
     """Return what an open request is known as: nobody ends another tenant's."""
     return f"{request_id}\0{tenant}"
-
-
-def _is_fit(request_id: str) -> bool:
-    return 0 < len(request_id) <= MAX_REQUEST_ID_CHARS and request_id.isascii() and request_id.isprintable()

@@ -30,6 +30,7 @@ from router.api import (
     TokenizeRequest,
 )
 from router.conversation import calls_of, check_results, render, rendered, told
+from router.request_ids import check as check_request_id
 from router.response_request import RENAMED, ResponsesRequest, renamed
 from router.structured import Structured, structured_output
 from router.text import TextOptions
@@ -155,7 +156,7 @@ class Intake:
             has_usage=bool(options and options.include_usage),
             has_running_usage=bool(options and options.include_usage and options.continuous_usage_stats),
             returns_token_ids=bool(request.return_token_ids),
-            request_id=request.request_id,
+            request_id=check_request_id(request.request_id),
             priority=request.priority or 0,
             tools=tools,
             grammar_field="" if structured is None else structured.field,

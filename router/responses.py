@@ -154,6 +154,12 @@ class Health(msgspec.Struct, frozen=True, kw_only=True):
     missing: list[str]
 
 
+class Life(msgspec.Struct, frozen=True, kw_only=True):
+    """That the process lives, whether it takes requests or not."""
+
+    status: str
+
+
 class Load(msgspec.Struct, frozen=True, kw_only=True):
     """Unfinished choices: all of them, with workers, and waiting for some."""
 

@@ -19,7 +19,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, Final
+from typing import Any
 
 import msgspec
 from aiohttp import web
@@ -41,11 +41,13 @@ from router.metrics import CONTENT_TYPE, Metrics
 from router.outlet import Unread
 from router.prompt_logprobs import read_prompts
 from router.readout_routes import ReadoutRoutes
+from router.request_ids import HEADER, named_in
 from router.response_request import ResponsesRequest
 from router.response_shape import shape_of
 from router.responses import (
     DetokenizeAnswer,
     Health,
+    Life,
     Load,
     ModelCard,
     ModelList,
@@ -60,7 +62,6 @@ from router.switchboard import Switchboard
 
 log = logging.getLogger(__name__)
 
-MAX_REQUEST_ID_CHARS: Final = 128
 
 Kind = type[ChatRequest] | type[CompletionRequest] | type[ResponsesRequest]
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -108,6 +109,8 @@ class HttpServer:
         get("/v1/models", self._models)
         get("/v1/models/{model:.+}", self._model)
         get("/health", self._health)
+        get("/readyz", self._health)
+        get("/livez", self._life)
         get("/ping", self._health)
         post("/ping", self._health)
         get("/load", self._load)
@@ -152,7 +155,7 @@ class HttpServer:
         with self._core.admission():
             job = await self._core.admit(len(body), partial(self._job, request, body, kind))
         request[REQUEST_ID] = current().request_id = name = (
-            _request_id(request) or job.request_id or request[REQUEST_ID]
+            named_in(request.headers) or job.request_id or request[REQUEST_ID]
         )
         read = await read_prompts(self._core, job, arrived_s)
         shape = shape_of(job, self._tokenizer, name, read)
@@ -173,7 +176,7 @@ class HttpServer:
         """Answer with a stream that outlives its connection: a new one, or the rest of one that is kept."""
         body = await self._read(request)
         asked = f"{request.path}\n{request[TENANT]}\n".encode() + body
-        claim = claim_of(request.headers, request[TENANT], _request_id(request), self._config.max_resume_s, asked)
+        claim = claim_of(request.headers, request[TENANT], named_in(request.headers), self._config.max_resume_s, asked)
         kept = self._kept.find(claim)
         if kept is not None:
             current().dismiss()  # who reads on adds nothing to the record of the stream
@@ -261,6 +264,9 @@ class HttpServer:
         status = "ok" if not missing else "unavailable"
         return _json(encode_json(Health(status=status, missing=missing)), 503 if missing else 200)
 
+    async def _life(self, _: web.Request) -> web.Response:
+        return _json(encode_json(Life(status="ok")))
+
     async def _load(self, _: web.Request) -> web.Response:
         running, waiting = self._switchboard.dispatch.num_running, self._switchboard.dispatch.num_waiting
         return _json(encode_json(Load(server_load=running + waiting, running=running, waiting=waiting)))
@@ -328,7 +334,7 @@ def census(switchboard: Switchboard) -> dict[str, Any]:
 @web.middleware
 async def errors_in_openai_shape(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Answer every error as OpenAI would."""
-    request[REQUEST_ID] = _request_id(request) or secrets.token_hex(12)
+    request[REQUEST_ID] = named_in(request.headers) or secrets.token_hex(12)
     try:
         return await handler(request)
     except (RequestRejected, RequestFailed) as error:
@@ -371,8 +377,6 @@ async def _read(request: web.Request, budget_s: float) -> bytes:
     """
     if "Content-Type" in request.headers and request.content_type != "application/json":
         raise web.HTTPUnsupportedMediaType(text=f"send application/json, not {request.content_type[:100]}")
-    if request.headers.get("Content-Encoding", "identity").lower() != "identity":
-        raise web.HTTPUnsupportedMediaType(text="send the body as it is: compressed bodies are not taken")
     announced = request.content_length or 0
     if announced > request.client_max_size:
         raise web.HTTPRequestEntityTooLarge(request.client_max_size, announced)
@@ -389,14 +393,7 @@ def _json(body: bytes, status: int = 200, headers: dict[str, str] | None = None)
     return web.Response(body=body, status=status, headers={**(headers or {}), "Content-Type": "application/json"})
 
 
-def _request_id(request: web.Request) -> str | None:
-    """Return the client's id of a request, if it is fit for a header."""
-    given = request.headers.get("X-Request-ID", "")
-    is_fit = 0 < len(given) <= MAX_REQUEST_ID_CHARS and given.isascii() and given.isprintable()
-    return given if is_fit else None
-
-
 async def _name_response(request: web.Request, response: web.StreamResponse) -> None:
     name = request.get(REQUEST_ID)
-    if name and name.isascii() and name.isprintable():
-        response.headers["X-Request-ID"] = name
+    if name:
+        response.headers[HEADER] = name

@@ -47,6 +47,11 @@ class Tokenizer:
         template = chat_template if chat_template is not None else source.chat_template
         self._template = None if template is None else ChatTemplate(template, source.special)
 
+    def warm(self) -> None:
+        """Start what renders the chat template elsewhere, if anything does."""
+        if self._template is not None:
+            self._template.warm()
+
     @property
     def has_chat_template(self) -> bool:
         """Whether chat messages can be rendered."""
@@ -128,6 +133,7 @@ class Tokenizer:
 
         Raises:
             InvalidRequest: the model has no chat template, or the template refuses these messages.
+            RequestFailed, RendersElsewhere: as `ChatTemplate.render` does.
         """
         if self._template is None:
             raise InvalidRequest("this model has no chat template: use /v1/completions", "messages")

@@ -56,7 +56,7 @@ FREE_OF_ENVIRONMENT_RULE = frozenset({"tests", "scripts"})
 # date that chat templates ask for.
 WALL_CLOCKS = frozenset({"time.time", "time.time_ns", "datetime.now", "datetime.utcnow", "datetime.datetime.now"})
 WALL_CLOCK_READERS = frozenset(
-    {"router/stream.py", "router/server.py", "router/chat_template.py", "router/response_shape.py"}
+    {"router/stream.py", "router/server.py", "router/template_child.py", "router/response_shape.py"}
 )
 FREE_OF_WALL_CLOCK_RULE = frozenset({"tests", "scripts", "bench"})
 UNSAFE_MODULES = frozenset({"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "marshal", "shelve"})

@@ -182,6 +182,16 @@ async def test_a_left_behind_grandchild_does_not_hide_the_end_of_a_child() -> No
     await supervisor.drain(1.0, asyncio.Event())
 
 
+async def test_what_only_a_terminal_would_obey_is_handed_on_escaped() -> None:
+    lines = Lines()
+    code = r"print('a\x1b[2Kb\rc\u2028d', flush=True); import time; time.sleep(60)"
+    supervisor = Supervisor([spec("a", code)], lines, {**os.environ, "PYTHONIOENCODING": "utf-8"})
+    supervisor.start()
+    await until(lambda: bool(lines.of("a")))
+    await supervisor.drain(0.0, asyncio.Event())
+    assert lines.of("a")[0] == r"a\u001b[2Kb\rc\u2028d"
+
+
 async def test_endless_output_without_a_newline_is_cut_into_lines() -> None:
     lines = Lines()
     code = "import sys, time; sys.stdout.write('x' * 100_000); sys.stdout.flush(); time.sleep(60)"

@@ -196,6 +196,7 @@ _JSON: tuple[tuple[str, bytes], ...] = (
     ("deep tool", _nested_tool(200)),
     ("deeper tool", _nested_tool(450)),
 )
+_NAMES = ("", "a\nb", "a\x1b[2K", "\u202ea", "a\u2028b", "a\x85b", "caf\xe9", "x" * 129)
 _FIELDS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("no tokens", {"max_tokens": 0}),
     ("negative tokens", {"max_tokens": -5}),
@@ -270,6 +271,7 @@ _FIELDS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("logprobs", {"top_logprobs": 5}),
     ("truncate", {"truncate_prompt_tokens": 0}),
     ("guided", {"guided_grammar": "%%%"}),
+    *((f"name {name!a}", {"request_id": name}) for name in _NAMES),
     ("continue", {"continue_final_message": True, "add_generation_prompt": True}),
     ("audio", {"audio": {"voice": "x"}}),
 )
@@ -351,6 +353,11 @@ def _head(*lines: str, path: str = CHAT) -> bytes:
     return "\r\n".join([f"POST {path} HTTP/1.1", *kind, *lines, "", ""]).encode()
 
 
+_CHUNKS = b"2\r\n{}\r\n0\r\n\r\n"
+_CODINGS = (
+    "gzip, chunked", "deflate, chunked", "identity, chunked", "chunked, chunked", "chunked, gzip", "identity", "gzip",
+    "", ",chunked", "chunked;q=1", "xchunked", "\x0bchunked",
+)  # fmt: skip
 BROKEN_HTTP: tuple[tuple[str, bytes], ...] = (
     ("long header", _head("X: " + "x" * 10_000)),
     ("many headers", _head(*(f"X-{i}: 1" for i in range(400)))),
@@ -371,6 +378,21 @@ BROKEN_HTTP: tuple[tuple[str, bytes], ...] = (
         _head("Transfer-Encoding: chunked") + b"".join(b"1\r\n%c\r\n" % c for c in b"{not json") + b"0\r\n\r\n",
     ),
     ("announced", _head(f"Content-Length: {1 << 40}") + b"{}"),
+    *((f"coding {coding}", _head(f"Transfer-Encoding: {coding}") + _CHUNKS) for coding in _CODINGS),
+    ("two codings", _head("Transfer-Encoding: gzip", "Transfer-Encoding: chunked") + _CHUNKS),
+    ("coding of HTTP/1.0", _head("Transfer-Encoding: chunked").replace(b"/1.1", b"/1.0") + _CHUNKS),
+    ("coding with length", _head("Transfer-Encoding: chunked", "Content-Length: 2") + _CHUNKS),
+    ("blank before colon", _head("Transfer-Encoding : chunked") + _CHUNKS),
+    ("length twice", _head("Content-Length: 2", "Content-Length: 2") + b"{}"),
+    ("bare line feeds", _head("Content-Length: 2").replace(b"\r\n", b"\n") + b"{}"),
+    ("line feeds in chunks", _head("Transfer-Encoding: chunked") + _CHUNKS.replace(b"\r\n", b"\n")),
+    *((f"Expect {value}", _head(f"Expect: {value}", "Content-Length: 2") + b"{}") for value in ("foo", "200-ok")),
+    (
+        "content coding twice",
+        _head("Content-Encoding: identity", "Content-Encoding: gzip", "Content-Length: 2") + b"{}",
+    ),
+    ("much of a head", _head(*(f"X-{i}: {'x' * 4000}" for i in range(30)))[:-4]),
+    ("upgrade", _head("Upgrade: websocket", "Connection: Upgrade", path="/control") + b"\x82\xff" + bytes(100_000)),
 )
 
 

@@ -4,7 +4,8 @@
 2. The corpus is sent, then damaged bodies and broken HTTP, until so many have been refused, while the stream is read
    over and over beside it. Bodies that damage left valid are counted, and do not count.
 3. Every refusal must be 4xx in OpenAI's shape. No 5xx, no process that is another one than before, no stream that says
-   something else. Memory and times are reported; the command line holds them against their limits, the test does not.
+   something else, no error in the log and nothing there that a client could have written. Memory and times are
+   reported; the command line holds them against their limits, the test does not.
 4. With `--schemathesis PROGRAM` the server's own OpenAPI document is then fuzzed with it.
 """
 
@@ -109,13 +110,18 @@ class Siege:
             until_s = time.monotonic() + budget_s
             for sent in (*corpus(), *large()):
                 await self._send(sent)
+            for name, data in BROKEN_HTTP:
+                await self._send_raw(name, data)
             await asyncio.gather(*(self._sender(number, until_s) for _ in range(num_senders)))
+            while not self.report.num_streams and not beside.done() and time.monotonic() < until_s:
+                await asyncio.sleep(0.05)
         finally:
             beside.cancel()
             await asyncio.gather(beside, return_exceptions=True)
         if self._server.children() != children:
             self.report.wrong.append(f"processes {self._server.children()} were {children}")
         self.report.rss_growth_bytes = {role: rss - before[role] for role, rss in self._memory().items()}
+        self._read_log()
         if (await stream(self._http, self._server.url, _BESIDE, CHAT)).text != peace:
             self.report.wrong.append("the stream after it says something else")
         return self.report
@@ -172,6 +178,12 @@ class Siege:
             self.report.wrong.append(f"broken HTTP: {name}: {error!r}")
         finally:
             writer.close()
+
+    def _read_log(self) -> None:
+        """Nobody but the server's own processes begins a line of its log, and no error is logged for a client's."""
+        for line in self._server.log.read_text(errors="replace").splitlines():
+            if not line.isprintable() or " ERROR " in line or line.startswith("Traceback"):
+                self.report.wrong.append(f"in the log: {line[:300]!a}")
 
     def _judge(self, what: str, status: int, body: bytes) -> None:
         if not 400 <= status < 500:

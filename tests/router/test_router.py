@@ -55,7 +55,7 @@ async def test_nothing_is_sent_before_the_first_token_and_one_token_per_chunk(st
     assert not asked.done(), "no headers, no role chunk before the first token"
     await prefill.first(byte_id("a"), num_cached_tokens=3)
     async with await asked as response:
-        assert response.headers["Content-Type"] == "text/event-stream"
+        assert response.headers["Content-Type"] == "text/event-stream; charset=utf-8"
         first = json.loads((await response.content.readline())[6:])
         assert first["choices"][0]["delta"] == {"role": "assistant", "content": "a"}
         decode.emit(reserve, byte_ids("bc"), finish=LENGTH)
