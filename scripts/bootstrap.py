@@ -107,7 +107,8 @@ def fingerprint() -> str:
     native = ROOT / "kernels" / "cpu"
     sources = sorted(path for path in native.rglob("*") if path.suffix in NATIVE_SUFFIXES) if native.is_dir() else []
     locks = sorted((ROOT / "locks").glob("*.txt"))
-    for path in [ROOT / "pyproject.toml", ROOT / "setup.py", Path(__file__), *locks, *sources]:
+    build = [ROOT / "setup.py", ROOT / "scripts" / "wheel_layout.py"]
+    for path in [ROOT / "pyproject.toml", *build, Path(__file__), *locks, *sources]:
         digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
     digest.update(str(ROOT).encode())  # an editable install names this folder: a moved checkout needs a new one
     return digest.hexdigest()

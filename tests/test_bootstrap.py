@@ -15,7 +15,7 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = ("pyproject.toml", "setup.py", "scripts/bootstrap.py")
+FILES = ("pyproject.toml", "setup.py", "scripts/bootstrap.py", "scripts/wheel_layout.py")
 RUN_BUDGET_S = 240.0
 
 
