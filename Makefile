@@ -13,7 +13,7 @@ PYTHON ?= python3
 PACKAGES := protocol kernels model kvtransfer router engine prefill decode baton bench
 SOURCES := $(PACKAGES) examples tests scripts setup.py
 
-.PHONY: help env env-dev serve test test-golden test-clients faults lint check bench bench-peers bench-kernels bench-gpu clean
+.PHONY: help env env-dev serve test test-golden test-clients faults lint check locks check-locks dist bench bench-peers bench-kernels bench-gpu clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,21 @@ lint: env-dev ## formatting, lint rules and types
 	$(BIN)/mypy $(SOURCES)
 
 check: lint test ## everything a change must pass
+
+locks: env-dev ## resolve locks/ anew after a change of pyproject.toml (ARGS=--upgrade: to the newest versions)
+	@$(BIN)/python scripts/locks.py make $(ARGS)
+
+check-locks: env-dev ## install every lock by a dry run: Python 3.11 to 3.13, torch for CPU and for CUDA
+	@$(BIN)/python scripts/locks.py check
+
+dist: env-dev ## build a wheel and an sdist in dist/, native kernels compiled; check that the wheel has them
+	@rm -rf dist && mkdir dist
+	@echo "building an sdist and a wheel, compiling the native kernels (C++) ..."
+	@$(BIN)/python -c "import setuptools.build_meta as b; b.build_sdist('dist'); b.build_wheel('dist')" > $(VENV)/dist.log 2>&1 \
+	  || { tail -25 $(VENV)/dist.log; exit 1; }
+	@$(BIN)/python -c "import sys, zipfile; names = zipfile.ZipFile(sys.argv[1]).namelist(); \
+	  sys.exit(not any('/_native.' in name for name in names) and 'the native kernels were not compiled: $(VENV)/dist.log')" dist/*.whl
+	@ls -l dist
 
 bench: env ## measure in under five minutes: a server of its own, or ARGS='--url URL'; writes bench-report/
 	@$(BIN)/baton bench small $(ARGS)

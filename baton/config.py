@@ -166,7 +166,7 @@ def _check_grpc(settings: Settings) -> None:
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if settings["grpc_port"] is not None and missing:
         raise ConfigError(
-            f"grpc-port: needs the extra: pip install 'baton-serve[grpc]' (missing: {', '.join(missing)})"
+            f"grpc-port: needs the extra: pip install '.[grpc]' in the checkout (missing: {', '.join(missing)})"
         )
 
 

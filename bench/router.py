@@ -162,13 +162,13 @@ async def run_once(plan: Plan) -> list[Sample]:
             with contextlib.closing(Counter.create(path)) as counter:
                 told: dict[str, Any] = {"counter": str(path), "ahead": plan.ahead}
                 told |= {"control_port": router.control_port, "secret": router.secret}
-                async with helper("bench.router_workers", told) as workers:
+                async with helper(f"{__package__}.router_workers", told) as workers:
                     await workers.answer()
                     await router.until(200)
                     token_ids, words = await _script(router)
                     await workers.ask({"script": token_ids})
                     told = {"counter": str(path), "port": router.port, "words": words, "request": _request(router)}
-                    async with helper("bench.router_clients", told) as clients:
+                    async with helper(f"{__package__}.router_clients", told) as clients:
                         scene = Scene(plan, router, workers, clients, counter)
                         return [await measure(case, scene) for case in plan.cases]
 

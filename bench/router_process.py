@@ -105,7 +105,7 @@ async def router_process(model: str, folder: Path, profile: Path | None) -> Asyn
     secret_file.write_text(secret)
     with _listening() as http, _listening() as control:
         fds = (http.fileno(), control.fileno())
-        runner = ["-m", "baton"] if profile is None else ["-m", "bench.router_profile", str(profile)]
+        runner = ["-m", "baton"] if profile is None else ["-m", f"{__package__}.router_profile", str(profile)]
         command = [
             *(sys.executable, *runner, "router", model, f"--secret-file={secret_file}", "--log-level=error"),
             *(f"--served-model-name={SERVED_NAME}", f"--http-fd={fds[0]}", f"--control-fd={fds[1]}"),

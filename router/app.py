@@ -174,7 +174,7 @@ def _grpc_server(config: RouterConfig, core: Core) -> GrpcServer:
     try:
         from router.grpc_server import GrpcServer
     except ImportError as error:
-        raise ConfigError(f"grpc-port: needs the extra: pip install 'baton-serve[grpc]' ({error})") from error
+        raise ConfigError(f"grpc-port: needs the extra: pip install '.[grpc]' in the checkout ({error})") from error
     return GrpcServer(config, core)
 
 

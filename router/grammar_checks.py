@@ -53,7 +53,8 @@ OWN_ENDS: Final = frozenset(
 )
 _LENGTH_BYTES: Final = 4
 _MAX_VERDICT_BYTES: Final = 1 << 20
-_ROOT: Final = str(Path(__file__).resolve().parent.parent)
+# Where the first part of this module's name lies: in a wheel there are more parts than in a checkout.
+_ROOT: Final = str(Path(__file__).resolve().parents[__name__.count(".")])
 _NOT_AVAILABLE: Final = "structured output is not available"
 _TOO_MUCH: Final = "it takes too much time or memory to compile"
 
@@ -240,7 +241,8 @@ class _Child:
     @classmethod
     async def start(cls, model_path: str) -> _Child:
         """Start a child and wait until it is ready. Raises NotReady if it will never be."""
-        code = f"import sys; sys.path.insert(0, {_ROOT!r}); from router.grammar_child import main; main(sys.argv[1])"
+        run = f"from {__package__}.grammar_child import main; main(sys.argv[1])"
+        code = f"import sys; sys.path.insert(0, {_ROOT!r}); {run}"
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-c", code, model_path),
             stdin=asyncio.subprocess.PIPE,

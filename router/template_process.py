@@ -31,8 +31,9 @@ log = logging.getLogger(__name__)
 ANSWER_BUDGET_S: Final = 15.0
 WAIT_BUDGET_S: Final = 15.0
 RETRY_S: Final = 2.0
-_ROOT: Final = str(Path(__file__).resolve().parent.parent)
-_CODE: Final = f"import sys; sys.path.insert(0, {_ROOT!r}); from router.template_child import main; main()"
+# Where the first part of this module's name lies: in a wheel there are more parts than in a checkout.
+_ROOT: Final = str(Path(__file__).resolve().parents[__name__.count(".")])
+_CODE: Final = f"import sys; sys.path.insert(0, {_ROOT!r}); from {__package__}.template_child import main; main()"
 _READ_BYTES: Final = 1 << 20
 
 

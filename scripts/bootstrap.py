@@ -2,22 +2,32 @@
 """Make the environment that the Makefile's targets run in: .venv, torch, and this project installed editable.
 
 1. Fast path: a stamp in .venv names the hash of all that decides what gets installed; when it fits, nothing runs.
-2. Find a Python >= 3.11 and make .venv with it (on top of the system's packages where those hold a suitable torch).
-3. torch comes first and alone, because its default Linux build pulls gigabytes of CUDA packages: with an NVIDIA driver
-   that build, without one the CPU build. A suitable torch that is already there stays.
-4. Install the project with the versions of constraints.txt, then write the stamp.
+2. Find a Python that there are locks for and make .venv with it (on top of the system's packages where those hold a
+   suitable torch).
+3. Install with uv where it is on PATH, with the sources that pip is configured with; else with pip. (uv does not see
+   the system's packages from within an environment: pip where that lies on top of them.)
+4. torch comes first and alone, because its default Linux build pulls gigabytes of CUDA packages: with an NVIDIA driver
+   that build, without one the CPU build, from what is at hand, the configured indexes or PyTorch's own, else the
+   default build after all. A suitable torch that is already there stays, and so does the Triton beside it.
+5. Install what Baton requires at the versions of the lock for this Python and this build of torch (locks/, made by
+   scripts/locks.py), then compile the native kernels and install Baton itself. Write the stamp.
+
+Whether something can be had is asked by a dry run, with short time limits, whose exit status decides: first of what is
+at hand (then no index is asked at all), then of the index; without one this ends at once.
 
 Only the standard library, and syntax old enough for any python3 to reach the message that asks for a newer one.
-pip's own output goes to .venv/bootstrap.log; its last lines are shown when a step fails.
+The commands' own output goes to .venv/bootstrap.log; its last lines are shown when a step fails.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import fcntl
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -29,14 +39,48 @@ OLDEST_PYTHON = (3, 11)
 PYTHON_NAMES = ("python3.13", "python3.12", "python3.11", "python3.14", "python3")
 OLDEST_TORCH = (2, 11)
 NATIVE_SUFFIXES = {".c", ".cc", ".cpp", ".h", ".hpp", ".py"}
+# Packages that come with torch and fit only the one they came with.
+TORCH_STACK = re.compile(r"(?:torch|triton|cuda-toolkit|nvidia-(?!ml-py)[a-z0-9-]+)==")
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 LOG_TAIL_LINES = 25
 PLAIN_REPORT_EVERY_S = 15.0
 ASK_BUDGET_S = 60.0
-CPU_BUILD_MISSING = """\
-No CPU build of torch {version} in the package indexes that pip is configured with, and there is no NVIDIA driver here.
-The default build is about to be installed instead: it works on a CPU but brings gigabytes of CUDA packages.
-To get the small build, stop now (Ctrl-C) and point pip at PyTorch's CPU wheel index (see pytorch.org, "Get Started"):
-    PIP_EXTRA_INDEX_URL=<that index> make ..."""
+PROBE_TIMEOUT_S = 5
+PROBE_BUDGET_S = 60.0
+# What pip calls a source, and uv's variable for the same.
+UV_SOURCES = {
+    "index-url": "UV_DEFAULT_INDEX",
+    "extra-index-url": "UV_INDEX",
+    "find-links": "UV_FIND_LINKS",
+    "no-index": "UV_NO_INDEX",
+    "trusted-host": "UV_INSECURE_HOST",
+    "cert": "SSL_CERT_FILE",
+}
+CPU_BUILD_MISSING = f"""\
+No CPU build of torch can be had, neither where pip or uv is configured to look nor at {CPU_INDEX}.
+The default build is installed instead: it works on a CPU but brings gigabytes of CUDA packages (Ctrl-C stops it)."""
+OFFLINE = (
+    "no package index gives {probe} within {timeout} s: connect this machine to the network, or name a mirror "
+    "(PIP_INDEX_URL=...) or a folder of wheels (PIP_FIND_LINKS=...), and run it again (details: {log})"
+)
+NO_COMPILER = (
+    "note: the native kernels were not compiled, for want of a C++ compiler (apt-get install g++, then make clean): "
+    "Baton works, but on a CPU it is many times slower"
+)
+# Prints what pyproject.toml asks for, one requirement a line, with the extra that is named and what that contains.
+REQUIREMENTS = """
+import sys, tomllib
+project = tomllib.load(open(sys.argv[1], "rb"))["project"]
+left, name = list(project["dependencies"]), project["name"]
+left += [f"{name}[{extra}]" for extra in sys.argv[2:]]
+while left:
+    requirement = left.pop(0)
+    if requirement.startswith(name + "["):
+        for extra in requirement[len(name) + 1 : requirement.index("]")].split(","):
+            left += project["optional-dependencies"][extra.strip()]
+    else:
+        print(requirement)
+"""
 
 
 class StepFailed(Exception):
@@ -62,7 +106,9 @@ def fingerprint() -> str:
     digest = hashlib.sha256()
     native = ROOT / "kernels" / "cpu"
     sources = sorted(path for path in native.rglob("*") if path.suffix in NATIVE_SUFFIXES) if native.is_dir() else []
-    for path in [ROOT / "pyproject.toml", ROOT / "constraints.txt", ROOT / "setup.py", Path(__file__), *sources]:
+    locks = sorted((ROOT / "locks").glob("*.txt"))
+    build = [ROOT / "setup.py", ROOT / "scripts" / "wheel_layout.py"]
+    for path in [ROOT / "pyproject.toml", *build, Path(__file__), *locks, *sources]:
         digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
     digest.update(str(ROOT).encode())  # an editable install names this folder: a moved checkout needs a new one
     return digest.hexdigest()
@@ -89,14 +135,16 @@ class Log:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text("")
 
-    def run(self, label: str, command: list[str]) -> None:
+    def run(self, label: str, command: list[str], environment: dict[str, str]) -> None:
         """Run `command`, showing progress; raise StepFailed with its last lines when it exits with an error."""
         started = time.monotonic()
         start_bytes = self.path.stat().st_size
         with self.path.open("ab") as sink:
             sink.write(("$ " + " ".join(command) + "\n").encode())
             sink.flush()
-            child = subprocess.Popen(command, stdout=sink, stderr=sink, stdin=subprocess.DEVNULL, cwd=ROOT)
+            child = subprocess.Popen(
+                command, stdout=sink, stderr=sink, stdin=subprocess.DEVNULL, cwd=ROOT, env=environment
+            )
             try:
                 self._watch(label, child, started)
             finally:
@@ -109,6 +157,26 @@ class Log:
                 lines = source.read().decode(errors="replace").splitlines()
             tail = "\n".join("    " + line for line in lines[-LOG_TAIL_LINES:])
             raise StepFailed(f"{label}: failed with exit status {child.returncode}\n{tail}\n  whole log: {self.path}")
+
+    def probe(self, command: list[str], environment: dict[str, str]) -> bool:
+        """Return whether `command` exits without an error, in its time; nothing is shown."""
+        with self.path.open("ab") as sink:
+            sink.write(("$ " + " ".join(command) + "\n").encode())
+            sink.flush()
+            try:
+                done = subprocess.run(
+                    command,
+                    stdout=sink,
+                    stderr=sink,
+                    stdin=subprocess.DEVNULL,
+                    cwd=ROOT,
+                    env=environment,
+                    timeout=PROBE_BUDGET_S,
+                    check=False,
+                )
+            except subprocess.TimeoutExpired:
+                return False
+        return done.returncode == 0
 
     def _watch(self, label: str, child: subprocess.Popen[bytes], started: float) -> None:
         on_terminal = sys.stdout.isatty()
@@ -129,15 +197,85 @@ class Log:
         say("\r" + line + " " * 12 if on_terminal else line)
 
 
-def ask(python: Path | str, code: str) -> str | None:
+def ask(python: Path | str, code: str, *arguments: str) -> str | None:
     """Return what `python -c code` prints, or None when it cannot run or exits with an error."""
     try:
         done = subprocess.run(
-            [str(python), "-c", code], capture_output=True, text=True, timeout=ASK_BUDGET_S, check=False
+            [str(python), "-c", code, *arguments], capture_output=True, text=True, timeout=ASK_BUDGET_S, check=False
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+class Installer:
+    """uv or pip, for one environment."""
+
+    def __init__(self, python: Path, log: Log) -> None:
+        """Take uv where it is on PATH and sees all that is there, else pip."""
+        self._python, self._log = str(python), log
+        self._uv = None if stands_on_system(python) else shutil.which("uv")
+        self._environment = dict(os.environ)
+        if self._uv is not None:
+            self._environment = {**uv_sources(pip_settings()), **os.environ}
+        self.name = "pip" if self._uv is None else "uv"
+        # What needs no index: folders of wheels, and with uv what it has kept of earlier installations.
+        self.at_hand = "--no-index" if self._uv is None else "--offline"
+
+    def install(self, label: str, *arguments: str) -> None:
+        """Install, showing progress. Raises StepFailed."""
+        self._log.run(label, [*self._command(), *arguments], self._environment)
+
+    def can_have(self, *arguments: str) -> bool:
+        """Return whether a dry run of an installation ends well, without waiting for a network that is not there."""
+        if self._uv is not None:
+            quick = {"UV_HTTP_TIMEOUT": str(PROBE_TIMEOUT_S), "UV_HTTP_RETRIES": "0"}
+            return self._log.probe([*self._command(), "--dry-run", *arguments], {**self._environment, **quick})
+        patience = ["--retries", "0", "--timeout", str(PROBE_TIMEOUT_S)]
+        return self._log.probe([*self._command(), "--dry-run", *patience, *arguments], self._environment)
+
+    def _command(self) -> list[str]:
+        if self._uv is not None:
+            return [self._uv, "pip", "install", "--python", self._python]
+        return [self._python, "-m", "pip", "--disable-pip-version-check", "--no-input", "install"]
+
+
+def stands_on_system(python: Path) -> bool:
+    """Return whether an environment shows the packages of the Python that it was made with."""
+    settings = python.parent.parent / "pyvenv.cfg"
+    return settings.exists() and "include-system-site-packages = true" in settings.read_text().lower()
+
+
+def pip_settings() -> dict[str, str]:
+    """Return what pip is configured with for an installation, by the long names of its options."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "pip", "config", "list"],
+            capture_output=True,
+            text=True,
+            timeout=ASK_BUDGET_S,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    found: dict[str, tuple[int, str]] = {}
+    for line in done.stdout.splitlines() if done.returncode == 0 else ():
+        name, _, value = line.partition("=")
+        section, _, key = name.rpartition(".")
+        rank = {"global": 0, "install": 1, ":env:": 2}.get(section, -1)
+        if rank >= 0 and rank >= found.get(key, (0, ""))[0]:
+            found[key] = (rank, str(ast.literal_eval(value)))
+    return {key: value for key, (_, value) in found.items()}
+
+
+def uv_sources(settings: dict[str, str]) -> dict[str, str]:
+    """Return uv's variables for the sources that pip is configured with, under pip's rule that all are equal."""
+    found = {UV_SOURCES[key]: value for key, value in settings.items() if key in UV_SOURCES and value}
+    if "UV_FIND_LINKS" in found:
+        found["UV_FIND_LINKS"] = ",".join(found["UV_FIND_LINKS"].split())
+    if "UV_INDEX" in found:
+        found["UV_INDEX"] = " ".join(found["UV_INDEX"].split())
+    return {**found, "UV_INDEX_STRATEGY": "unsafe-best-match"}
 
 
 # --- the steps ---------------------------------------------------------------------------------------------------
@@ -149,32 +287,46 @@ def python_version(python: Path | str) -> tuple[int, ...] | None:
     return tuple(int(part) for part in text.split()) if text else None
 
 
+def locked_pythons() -> set[tuple[int, ...]]:
+    """Return the (major, minor) versions of Python that there are locks for."""
+    names = (path.stem.partition("-")[2] for path in (ROOT / "locks").glob("*.txt"))
+    return {tuple(int(part) for part in name.split(".")) for name in names}
+
+
 def find_python() -> str:
-    """Return an interpreter that is new enough: the one running this if it is, else the first of PYTHON_NAMES."""
-    if sys.version_info >= OLDEST_PYTHON:
+    """Return an interpreter that is new enough, one with locks before one without: this one, or of PYTHON_NAMES."""
+    locked = locked_pythons()
+    if sys.version_info[:2] in locked:
         return sys.executable
-    for name in PYTHON_NAMES:
-        version = python_version(name)
-        if version is not None and version >= OLDEST_PYTHON:
-            return name
+    found = {name: python_version(name) or (0, 0) for name in PYTHON_NAMES}
+    if sys.version_info >= OLDEST_PYTHON:
+        found[sys.executable] = sys.version_info[:2]
+    fit = [name for name, version in found.items() if version >= OLDEST_PYTHON]
+    if fit:
+        return min(fit, key=lambda name: found[name] not in locked)
     wanted = ".".join(map(str, OLDEST_PYTHON))
     fail(f"Baton needs Python {wanted} or newer; found none on PATH. Install one, or say where: make PYTHON=... TARGET")
 
 
 def torch_version(python: Path | str) -> str | None:
     """Return the version of the torch installed for `python` when it is new enough, else None."""
-    text = ask(python, "from importlib.metadata import version; print(version('torch'))")
+    text = installed_version(python, "torch")
     parts = re.match(r"(\d+)\.(\d+)", text or "")
     if text is None or parts is None or (int(parts[1]), int(parts[2])) < OLDEST_TORCH:
         return None
     return text
 
 
+def installed_version(python: Path | str, package: str) -> str | None:
+    """Return the version of a package that is installed for `python`, or None."""
+    return ask(python, "import sys\nfrom importlib.metadata import version\nprint(version(sys.argv[1]))", package)
+
+
 def make_environment(venv: Path, log: Log) -> Path:
     """Make .venv unless it is there and runs; return its interpreter."""
     python = venv / "bin" / "python"
     version = python_version(python) if python.exists() else None
-    if version is not None and version >= OLDEST_PYTHON:
+    if version is not None and version >= OLDEST_PYTHON and installed_version(python, "pip") is not None:
         return python
     base = find_python()
     command = [base, "-m", "venv", "--clear", str(venv)]
@@ -206,57 +358,99 @@ def has_nvidia_driver() -> bool:
     return done.returncode == 0
 
 
-def pinned_torch() -> str:
-    """Return the version of torch that constraints.txt names."""
-    found = re.search(r"^torch==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
-    if found is None:
-        fail("constraints.txt has no line torch==VERSION")
-    return found[1]
+def lock_of(python: Path, build: str) -> dict[str, str]:
+    """Return the lines of the lock for an interpreter and a build of torch, by package; none for another Python."""
+    version = ".".join(map(str, python_version(python) or ()))
+    path = ROOT / "locks" / f"{build}-{version}.txt"
+    if not path.exists():
+        return {}
+    return {line.partition("==")[0]: line for line in path.read_text().splitlines() if "==" in line}
 
 
-def install_torch(pip: list[str], python: Path, log: Log) -> None:
-    """Install torch: the ordinary build beside an NVIDIA driver, else the CPU build wherever one can be had."""
+def require_index(installer: Installer, lock: dict[str, str], log: Log) -> None:
+    """End with one sentence when no package index answers, asked for one small package of the lock."""
+    probe = lock.get("msgpack", "msgpack")
+    fresh = ["--reinstall"] if installer.name == "uv" else ["--ignore-installed"]
+    if not installer.can_have("--no-deps", *fresh, probe):
+        fail(OFFLINE.format(probe=probe, timeout=PROBE_TIMEOUT_S, log=log.path))
+
+
+def install_torch(installer: Installer, python: Path, log: Log) -> str:
+    """Install torch unless a suitable one is there; return which build it is: `cpu` or `cuda`."""
     driver = has_nvidia_driver()
     present = torch_version(python)
     if present is not None:
         if driver and present.endswith("+cpu"):
             say(f"note: torch {present} is a CPU build although there is an NVIDIA driver; `make clean` lets go of it")
-        return
-    version = pinned_torch()
-    if not driver and sys.platform == "linux":
-        try:
-            log.run(f"installing torch {version} (CPU build)", [*pip, "install", f"torch=={version}+cpu"])
-            return
-        except StepFailed as error:
-            if "No matching distribution" not in str(error):
-                raise
-            say(CPU_BUILD_MISSING.format(version=version))
-    log.run(f"installing torch {version}", [*pip, "install", f"torch=={version}"])
+        return "cpu" if present.endswith("+cpu") else "cuda"
+    lock = lock_of(python, "cuda")
+    wanted = lock.get("torch", f"torch>={'.'.join(map(str, OLDEST_TORCH))}")
+    if not driver and sys.platform == "linux" and "torch" in lock:
+        cpu = f"{wanted}+cpu"
+        if installer.can_have(installer.at_hand, "--no-deps", cpu):
+            # Its few dependencies come with the other packages.
+            installer.install(f"installing {cpu}", installer.at_hand, "--no-deps", cpu)
+            return "cpu"
+        require_index(installer, lock, log)
+        for source in ([], ["--extra-index-url", CPU_INDEX]):
+            if installer.can_have("--no-deps", *source, cpu):
+                installer.install(f"installing {cpu}", *source, "--no-deps", cpu)
+                return "cpu"
+        say(CPU_BUILD_MISSING)
+    else:
+        require_index(installer, lock, log)
+    constraints = write_constraints(python, lock)
+    installer.install(f"installing {wanted}", "-c", str(constraints), wanted)
+    return "cuda" if sys.platform == "linux" else "cpu"
 
 
-def write_constraints(venv: Path, python: Path) -> Path:
-    """Write constraints.txt into .venv, its torch line naming the torch that is there; return its path."""
-    line = f"torch=={torch_version(python) or pinned_torch()}"
-    text = re.sub(r"^torch==\S+$", line, (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE)
-    path = venv / "constraints.txt"
-    path.write_text(text)
+def write_constraints(python: Path, lock: dict[str, str]) -> Path:
+    """Write a lock into the environment, its torch and what came with that as they are there; return its path."""
+    lines = dict(lock)
+    present = torch_version(python)
+    if present is not None:
+        lines = {name: line for name, line in lines.items() if not TORCH_STACK.match(line)}
+        lines["torch"] = f"torch=={present}"
+        triton = installed_version(python, "triton")
+        if triton is not None:
+            lines["triton"] = f"triton=={triton}"
+        elif "triton" in lock and present.partition("+")[0] == lock["torch"].partition("==")[2]:
+            lines["triton"] = lock["triton"]
+    path = python.parent.parent / "constraints.txt"
+    path.write_text("".join(line + "\n" for line in lines.values()))
     return path
 
 
+def requirements(python: Path, dev: bool) -> list[str]:
+    """Return what pyproject.toml asks for, the build backend first."""
+    text = ask(python, REQUIREMENTS, str(ROOT / "pyproject.toml"), *(["dev"] if dev else []))
+    if text is None:
+        fail("pyproject.toml cannot be read")
+    # The backend lives in .venv, so that a second install without a network finds everything there.
+    return ["setuptools>=77", *text.splitlines()]
+
+
 def install(venv: Path, dev: bool) -> None:
-    """Carry out steps 2 to 4 of this module's life cycle, without the stamp."""
+    """Carry out steps 2 to 5 of this module's life cycle, without the stamp."""
     log = Log(venv / "bootstrap.log")
     python = make_environment(venv, log)
-    pip = [str(python), "-m", "pip", "--disable-pip-version-check", "--no-input"]
-    install_torch(pip, python, log)
-    constraints = write_constraints(venv, python)
-    # The build backend lives in .venv, so that a second install without a network finds everything there.
-    log.run("installing the build backend", [*pip, "install", "-c", str(constraints), "setuptools>=77"])
-    target = ".[dev]" if dev else "."
-    what = "baton and its development tools" if dev else "baton"
-    log.run(
-        f"installing {what}", [*pip, "install", "--no-build-isolation", "-c", str(constraints), "--editable", target]
-    )
+    installer = Installer(python, log)
+    build = install_torch(installer, python, log)
+    lock = lock_of(python, build)
+    if not lock:
+        say("note: there is no lock for this Python; the newest versions that pyproject.toml admits are taken")
+    constraints = ["-c", str(write_constraints(python, lock))]
+    wanted = requirements(python, dev)
+    source = [installer.at_hand] if installer.can_have(installer.at_hand, *constraints, *wanted) else []
+    if not source:
+        require_index(installer, lock, log)
+    what = "what Baton and its development tools require" if dev else "what Baton requires"
+    installer.install(f"installing {what} (with {installer.name})", *source, *constraints, *wanted)
+    own = [installer.at_hand, "--no-deps", "--no-build-isolation", "--editable", "."]
+    installer.install("compiling the native kernels (C++) and installing Baton", *own)
+    suffix = ask(python, "import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX'))")
+    if not (ROOT / "kernels" / "cpu" / f"_native{suffix}").exists():
+        say(NO_COMPILER)
 
 
 def main() -> int:

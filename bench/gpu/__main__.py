@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say(f"the device is lost to this process ({error}): a new one takes its place")
         left = ("--resume", f"--budget-s={max(left_s, 0.0):.0f}")
         # Not a child: only with the process does its memory on the GPU go.
-        os.execv(sys.executable, [sys.executable, "-m", "bench.gpu", *arguments, *left])
+        os.execv(sys.executable, [sys.executable, "-m", f"{__package__}", *arguments, *left])
     stage.drop_rig()
     faulthandler.cancel_dump_traceback_later()
     print((args.out / MARKDOWN).read_text(encoding="utf-8"))

@@ -165,7 +165,7 @@ async def _in_process(
     rig: Rig, secret: bytes, address: PeerAddress, num_blocks: int
 ) -> AsyncIterator[tuple[Grant, asyncio.Future[Any]]]:
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "bench.gpu.handoff_peer"),
+        *(sys.executable, "-m", f"{__package__}.handoff_peer"),
         cwd=_CHECKOUT,
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,

@@ -40,6 +40,15 @@ class Server:
         """Return the JSON of a GET, whatever its status."""
         return json.loads(_read(f"{self.url}{path}"))
 
+    def is_ready(self) -> bool:
+        """Tell whether it answers /health; fails when it has ended."""
+        assert self.process.poll() is None, f"baton serve ended:\n{self.log.read_text(errors='replace')[-3000:]}"
+        try:
+            _read(f"{self.url}/health")
+        except OSError:
+            return False
+        return True
+
     def metrics(self) -> dict[str, float]:
         """Return every sample of /metrics by its name and labels as written there."""
         lines = _read(f"{self.url}/metrics").splitlines()
@@ -83,7 +92,7 @@ def wait_until(condition: Any, budget_s: float, what: str) -> Any:
 @contextmanager
 def serving(model: str, folder: Path, cache_dir: Path, *options: str) -> Iterator[Server]:
     """Run `baton serve MODEL`, yield it when ready, and end it; the log stays in `folder`."""
-    port, log = _free_port(), folder / "serve.log"
+    port, log = free_port(), folder / "serve.log"
     command = [sys.executable, "-m", "baton", "serve", model, "--port", str(port), *options]
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -91,7 +100,7 @@ def serving(model: str, folder: Path, cache_dir: Path, *options: str) -> Iterato
         )
     server = Server(f"http://127.0.0.1:{port}", process, log)
     try:
-        wait_until(lambda: _is_ready(server), READY_BUDGET_S, "ready")
+        wait_until(server.is_ready, READY_BUDGET_S, "ready")
         yield server
     finally:
         stop(process)
@@ -108,15 +117,6 @@ def stop(process: subprocess.Popen[bytes]) -> int:
     return process.wait()
 
 
-def _is_ready(server: Server) -> bool:
-    assert server.process.poll() is None, f"baton serve ended:\n{server.log.read_text(errors='replace')[-3000:]}"
-    try:
-        _read(f"{server.url}/health")
-    except OSError:
-        return False
-    return True
-
-
 def _read(url: str) -> str:
     with urllib.request.urlopen(url, timeout=10) as response:
         return str(response.read().decode())
@@ -129,7 +129,8 @@ def _parent(entry: Path) -> int:
         return -1
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port of the loopback interface that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
