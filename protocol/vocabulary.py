@@ -231,13 +231,16 @@ def _byte_level_alphabet() -> dict[str, int]:
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
-_ALPHABET: Final = _byte_level_alphabet()
+# Stand-ins become the characters of their bytes; other characters below 256 become one that no byte has.
+_TO_LATIN_1: Final = dict.fromkeys(range(256), "\uffff") | {
+    ord(char): chr(byte) for char, byte in _byte_level_alphabet().items()
+}
 
 
 def _from_byte_level(piece: str) -> bytes:
     try:
-        return bytes(_ALPHABET[char] for char in piece)
-    except KeyError:
+        return piece.translate(_TO_LATIN_1).encode("latin-1")
+    except UnicodeEncodeError:
         return piece.encode()  # a token that stands for itself
 
 

@@ -33,13 +33,15 @@ class Tokenizer:
         source = load_vocabulary(Path(model_path))
         self._tokenizer = source.tokenizer
         self._to_bytes = byte_form(source.tokenizer)
-        self._bytes: dict[int, bytes] = {}
-        self._whole_texts = (_WholeTexts(self, skip_special=False), _WholeTexts(self, skip_special=True))
         added = source.tokenizer.get_added_tokens_decoder()
-        self._added = {token_id: token.content for token_id, token in added.items()}
-        self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         vocabulary = source.tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size: int = max(vocabulary.values()) + 1
+        pieces = {token_id: self._to_bytes(piece) for piece, token_id in vocabulary.items()}
+        pieces |= {token_id: token.content.encode() for token_id, token in added.items()}
+        self._texts, self._parts = _texts_of(pieces, self.vocab_size)
+        self._shown_texts = list(self._texts)
+        for token_id in (token_id for token_id, token in added.items() if token.special):
+            self._shown_texts[token_id] = ""
         self.max_token_chars: int = max(map(len, vocabulary))
         self.eos_token_ids: tuple[int, ...] = source.known_eos_token_ids()
         bos = source.special.get("bos_token")
@@ -94,16 +96,14 @@ class Tokenizer:
 
     def token_bytes(self, token_id: int, skip_special: bool = False) -> bytes:
         """Return the bytes that a token stands for: none for unknown ids, and for special ones if these are skipped."""
-        if skip_special and token_id in self._special_ids:
+        if not self.is_known(token_id):
             return b""
-        found = self._bytes.get(token_id)
-        if found is None:
-            found = self._bytes[token_id] = self._compute_bytes(token_id)
-        return found
+        text = self.texts(skip_special)[token_id]
+        return self._parts[token_id] if text is None else text.encode()
 
-    def whole_texts(self, skip_special: bool) -> Mapping[int, str | None]:
-        """Return the characters of each token id as `token_bytes` has them, None for one that holds half of one."""
-        return self._whole_texts[skip_special]
+    def texts(self, skip_special: bool) -> Sequence[str | None]:
+        """Return the characters of each known token as `token_bytes` has them, None for one that holds half of one."""
+        return self._shown_texts if skip_special else self._texts
 
     def token_text(self, token_id: int) -> str:
         """Return a token as text for reports, parts of characters as U+FFFD."""
@@ -139,12 +139,6 @@ class Tokenizer:
             raise InvalidRequest("this model has no chat template: use /v1/completions", "messages")
         return self._template.render(messages, add_generation_prompt, variables, tools)
 
-    def _compute_bytes(self, token_id: int) -> bytes:
-        if token_id in self._added:
-            return self._added[token_id].encode()
-        piece = self._tokenizer.id_to_token(token_id)
-        return b"" if piece is None else self._to_bytes(piece)
-
 
 class StreamDecoder:
     """Text of one sequence, piece by piece."""
@@ -152,13 +146,14 @@ class StreamDecoder:
     def __init__(self, tokenizer: Tokenizer, skip_special: bool) -> None:
         self._tokenizer = tokenizer
         self._skip_special = skip_special
-        self._whole_texts = tokenizer.whole_texts(skip_special)
+        self._texts = tokenizer.texts(skip_special)
+        self._num_texts = len(self._texts)
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._is_inside = False
 
     def feed(self, token_id: int) -> str:
         """Return the characters that this token completes; often all of its own, sometimes none."""
-        if not self._is_inside and (text := self._whole_texts[token_id]) is not None:
+        if not self._is_inside and token_id < self._num_texts and (text := self._texts[token_id]) is not None:
             return text
         text = self._utf8.decode(self._tokenizer.token_bytes(token_id, self._skip_special))
         self._is_inside = bool(self._utf8.getstate()[0])
@@ -177,18 +172,16 @@ class StreamDecoder:
         return self._utf8.decode(b"", final=True)
 
 
-class _WholeTexts(dict[int, str | None]):
-    """Text of the tokens met so far, found on first use: nearly all tokens hold whole characters."""
+def _texts_of(pieces: Mapping[int, bytes], vocab_size: int) -> tuple[list[str | None], dict[int, bytes]]:
+    """Return the text of each token, and the bytes of those that are no whole characters.
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool) -> None:
-        super().__init__()
-        self._tokenizer = tokenizer
-        self._skip_special = skip_special
-
-    def __missing__(self, token_id: int) -> str | None:
+    All of them, at once: what is filled in as tokens are met goes on growing for as long as a router lives.
+    """
+    texts: list[str | None] = [""] * vocab_size
+    parts: dict[int, bytes] = {}
+    for token_id, data in pieces.items():
         try:
-            found = self._tokenizer.token_bytes(token_id, self._skip_special).decode()
+            texts[token_id] = data.decode()
         except UnicodeDecodeError:
-            found = None
-        self[token_id] = found
-        return found
+            texts[token_id], parts[token_id] = None, data
+    return texts, parts

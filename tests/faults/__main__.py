@@ -47,6 +47,7 @@ from tests.faults import (
     trials,
     unread,
 )
+from tests.faults.heap import MUTATION, Heap, written_to
 from tests.faults.ledger import Ledger, Request
 from tests.faults.load import Oracles, bound, draw_pool, percentile
 from tests.faults.mutated import mutations
@@ -128,7 +129,11 @@ class Run:
 
     async def disconnects(self) -> Result:
         """Clients that leave."""
-        report = await disconnects.run(self.cluster, self.ledger, self.args.seed, self.args.number, tell)
+        folder = self.args.heap
+        heap = None if folder is None else Heap(folder, self.server.children()["router"])
+        report = await disconnects.run(self.cluster, self.ledger, self.args.seed, self.args.number, tell, heap)
+        if heap is not None:
+            tell(heap.report())
         return asdict(report), report.summary(), bool(report.faults)
 
     async def unread(self) -> Result:
@@ -234,6 +239,7 @@ def parser() -> argparse.ArgumentParser:
     choices["grammars"].add_argument("--turns", type=int, default=10, help="in peace and beside them (10)")
     for name, number in (("disconnects", 1000), ("unread", 400), ("rolling", 200), ("bits", 1000), ("soak", 1000)):
         choices[name].add_argument("number", nargs="?", type=int, default=number, help=f"requests ({number})")
+    choices["disconnects"].add_argument("--heap", type=Path, help="folder for snapshots of the router's heap")
     choices["burst"].add_argument("number", nargs="?", type=int, default=4, help="bursts (4)")
     everything.add_arguments(commands.add_parser("all", help="every campaign, scaled by --trials"))
     return top
@@ -278,7 +284,13 @@ def perform(words: Sequence[str]) -> tuple[str, bool]:
         log.mkdir(parents=True, exist_ok=True)
         names = {"phases": ["late-landed"], "bits": ["flip-bits"]}.get(args.command, [])
         args.sound = _ask_sound(args) if args.command == "bits" else {}
-        with mutations(*names, seed=args.seed), serving("smollm2", log, args.cache_dir, *options) as server:
+        heap: Path | None = getattr(args, "heap", None)
+        names += [] if heap is None else [MUTATION]
+        with (
+            written_to(heap),
+            mutations(*names, seed=args.seed),
+            serving("smollm2", log, args.cache_dir, *options) as server,
+        ):
             return asyncio.run(_run(args, server))
 
 

@@ -18,10 +18,12 @@ import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import aiohttp
 
 from tests.faults.footprints import Watch
+from tests.faults.heap import Heap
 from tests.faults.ledger import Ledger, Record, Request
 from tests.faults.load import bound, long_prompt, percentile
 from tests.faults.phases import Cluster, is_at_rest
@@ -30,6 +32,7 @@ QUEUED, PREFILL, TRANSFER, DECODE = "queued", "prefill", "transfer", "decode"
 PHASES = (QUEUED, PREFILL, TRANSFER, DECODE)
 NUM_AT_ONCE = 40
 WARM_SHARE = 0.2
+NUM_PARTS = 4
 REST_BUDGET_S = 2.0
 LASTING = ("router", "supervisor")
 _ABORT = struct.pack("ii", 1, 0)
@@ -137,17 +140,25 @@ def _reset(connector: aiohttp.BaseConnector) -> None:
 
 
 async def run(
-    cluster: Cluster, ledger: Ledger, seed: int, num_clients: int, tell: Callable[[str], None]
+    cluster: Cluster,
+    ledger: Ledger,
+    seed: int,
+    num_clients: int,
+    tell: Callable[[str], None],
+    heap: Heap | None = None,
 ) -> DisconnectReport:
-    """Send `num_clients` clients that leave, then look at what is held."""
+    """Send `num_clients` clients that leave, then look at what is held; `heap` is looked at in between."""
     begin_s, report = time.monotonic(), DisconnectReport()
     report.faults += await cluster.aftermath()
     storm = Storm(ledger, cluster.server.url, seed, report)
     watching = asyncio.create_task(report.watch.run(cluster, lambda: storm.num_over))
     num_warm = int(WARM_SHARE * num_clients)
-    for begin, end in ((0, num_warm), (num_warm, num_clients)):
+    ends = [num_warm + (num_clients - num_warm) * part // NUM_PARTS for part in range(NUM_PARTS + 1)]
+    for begin, end in pairwise([0, *ends]):
         await storm.run(begin, end)
         tell(f"{end} clients have left, {time.monotonic() - begin_s:.0f} s")
+        if heap is not None:
+            await heap.look(end)
     last_s = time.monotonic()
     while not await _is_at_rest(cluster):
         if time.monotonic() - last_s > REST_BUDGET_S:

@@ -11,13 +11,16 @@ has been executed the named functions in it are replaced. The product knows noth
 from __future__ import annotations
 
 import asyncio
+import gc
 import importlib.abc
 import importlib.machinery
+import itertools
 import os
 import random
 import signal
 import sys
 import time
+import tracemalloc
 from collections import deque
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -27,6 +30,8 @@ LATE_S = 0.15
 CONTROL_LATE_S = 0.05
 STEPS_UNTIL_FAILURE = 30
 HOUR_S = 3600.0
+TRACED_FRAMES = 6
+HEAP_FOLDER = os.environ.get("BATON_TEST_HEAP", ".")
 SEED = os.environ.get("BATON_TEST_MUTATION_SEED", "0")
 
 
@@ -171,6 +176,25 @@ def delay_control(module: Any) -> None:
     print("LATE messages from here on", flush=True)
 
 
+def heap_profile(module: Any) -> None:
+    """The router traces its heap; each SIGUSR1 writes a snapshot into `HEAP_FOLDER`, numbered from 0."""
+    run, numbers = module.run, itertools.count()
+
+    def dump(*_: object) -> None:
+        gc.collect()
+        path = os.path.join(HEAP_FOLDER, f"{next(numbers)}.heap")
+        tracemalloc.take_snapshot().dump(f"{path}.part")
+        os.replace(f"{path}.part", path)
+
+    async def run_traced(config: Any) -> int:
+        tracemalloc.start(TRACED_FRAMES)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, dump)
+        code: int = await run(config)
+        return code
+
+    module.run = run_traced
+
+
 def wall_clock() -> None:
     """The wall clock jumps an hour back and forth with every look at it; nobody may reckon with it."""
     true_time, looks = time.time, iter(range(sys.maxsize))
@@ -189,6 +213,7 @@ MUTATIONS: dict[str, dict[str, Change]] = {
     "hang-step": {"decode.stepper": hang_step},
     "fail-step": {"decode.stepper": fail_step},
     "delay-control": {"protocol.channel": delay_control},
+    "heap-profile": {"router.app": heap_profile},
     "wall-clock": {},
 }
 AT_START: dict[str, Callable[[], None]] = {"wall-clock": wall_clock}
