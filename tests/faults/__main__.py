@@ -11,6 +11,7 @@
     burst        the first traffic of a server, and of workers that were killed: more than it can take
     grammars     hostile grammars beside plain and structured streams
     soak         short requests, random faults, and what the processes' memory does
+    siege        two tenants under random faults, in peace and beside hostile clients of every kind
 
 Each prints how to run it again, starts one server, prints what it sees, writes it with --json, and ends with exit code
 1 if anything was wrong. `everything.py` says what `all` runs.
@@ -33,7 +34,19 @@ from typing import Any
 import aiohttp
 
 from tests.e2e.server import Server, serving
-from tests.faults import bits, burst, campaign, disconnects, everything, grammars, overload, rolling, soak, trials
+from tests.faults import (
+    bits,
+    burst,
+    campaign,
+    disconnects,
+    everything,
+    grammars,
+    overload,
+    rolling,
+    siege,
+    soak,
+    trials,
+)
 from tests.faults.ledger import Ledger, Request
 from tests.faults.load import Oracles, bound, draw_pool, percentile
 from tests.faults.mutated import mutations
@@ -42,9 +55,21 @@ from tests.faults.phases import PHASES, Cluster, PhaseKills
 Result = tuple[Any, str, bool]
 """What is written as JSON, what is printed, whether anything was wrong."""
 
-COMMANDS = ("trials", "rounds", "phases", "disconnects", "rolling", "bits", "overload", "burst", "grammars", "soak")
+COMMANDS = (
+    "trials",
+    "rounds",
+    "phases",
+    "disconnects",
+    "rolling",
+    "bits",
+    "overload",
+    "burst",
+    "grammars",
+    "soak",
+    "siege",
+)
 # A pool of which every block has been written soon: its first touch is no leak.
-SMALL_POOL = {"disconnects": 600, "soak": 256}
+SMALL_POOL = {"disconnects": 600, "soak": 256, "siege": 600}
 SESSION_BUDGET = aiohttp.ClientTimeout(total=240.0)
 
 
@@ -151,6 +176,14 @@ class Run:
         report = await soak.run(self.cluster, self.ledger, oracles, self.args.seed, self.args.number, tell)
         return asdict(report), report.summary(), bool(report.faults)
 
+    async def siege(self) -> Result:
+        """Two tenants, random faults and hostile clients."""
+        pool = siege.pool(self.args.pool_seed, self.args.pool)
+        oracles = await Oracles(self.args.oracles).ask(self.ledger, pool)
+        report = await siege.run(self.cluster, oracles, self.args.seed, self.args.number, tell)
+        report.weigh(siege.ITL_TARGET, siege.SMALL_P95_TARGET_S)
+        return asdict(report), report.summary(), bool(report.faults)
+
     def _write(self, value: Any) -> None:
         if self.args.json is not None:
             self.args.json.write_text(json.dumps(value, indent=1) + "\n")
@@ -168,7 +201,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m tests.faults", description="Faults on purpose, many of them.")
     commands = top.add_subparsers(dest="command", required=True)
     # Commands whose requests come from a pool take these as well.
-    with_pool = {"rounds", "rolling", "soak"}
+    with_pool = {"rounds", "rolling", "soak", "siege"}
     workers = {
         "trials": (trials.NUM_DECODE, trials.NUM_PREFILL),
         "rounds": (3, 2),
@@ -211,7 +244,7 @@ def parser() -> argparse.ArgumentParser:
     rounds.add_argument("--kinds", nargs="+", choices=campaign.ROUND_KINDS, default=list(campaign.KILL_KINDS))
     choices["overload"].add_argument("--seconds", type=float, default=120.0, help="of overload (120)")
     choices["grammars"].add_argument("--turns", type=int, default=10, help="in peace and beside them (10)")
-    for name, number in (("disconnects", 1000), ("rolling", 200), ("bits", 1000), ("soak", 1000)):
+    for name, number in (("disconnects", 1000), ("rolling", 200), ("bits", 1000), ("soak", 1000), ("siege", 1000)):
         choices[name].add_argument("number", nargs="?", type=int, default=number, help=f"requests ({number})")
     choices["burst"].add_argument("number", nargs="?", type=int, default=4, help="bursts (4)")
     everything.add_arguments(commands.add_parser("all", help="every campaign, scaled by --trials"))
@@ -220,7 +253,9 @@ def parser() -> argparse.ArgumentParser:
 
 async def _run(args: argparse.Namespace, server: Server) -> tuple[str, bool]:
     connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(connector=connector, timeout=SESSION_BUDGET) as http:
+    # Any key will do where there are no keys.
+    headers = siege.bearer(siege.LARGE)
+    async with aiohttp.ClientSession(connector=connector, timeout=SESSION_BUDGET, headers=headers) as http:
         run = Run(args, server, http)
         return await run.finish(getattr(run, args.command))
 
@@ -253,6 +288,8 @@ def perform(words: Sequence[str]) -> tuple[str, bool]:
     with tempfile.TemporaryDirectory() as folder:
         log = args.log or Path(folder)
         log.mkdir(parents=True, exist_ok=True)
+        if args.command == "siege":
+            options += tuple(siege.options(log))
         names = {"phases": ["late-landed"], "bits": ["flip-bits"]}.get(args.command, [])
         args.sound = _ask_sound(args) if args.command == "bits" else {}
         with mutations(*names, seed=args.seed), serving("smollm2", log, args.cache_dir, *options) as server:

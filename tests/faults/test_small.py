@@ -206,7 +206,9 @@ def test_the_big_version_is_made_of_command_lines_that_exist() -> None:
     )
     assert found["prefill-kills"].trials == 300
     assert found["other-kills"].rounds * found["other-kills"].faults == 100
-    assert [found[name].number for name in ("disconnects", "rolling", "bits", "soak")] == [10000, 1000, 1000, 10000]
+    assert [found[name].number for name in ("disconnects", "rolling", "bits", "soak", "siege")] == [
+        *(10000, 1000, 1000, 10000, 10000)
+    ]
     assert found["overload"].seconds == 120.0 and found["grammars"].turns == 20
     assert {args.command for args in found.values()} == set(COMMANDS) - {"trials"}
     assert parser().parse_args(["all", "--trials", "5", "--only", "bits"]).only == ["bits"]
