@@ -12,6 +12,7 @@
     burst        the first traffic of a server, and of workers that were killed: more than it can take
     grammars     hostile grammars beside plain and structured streams
     soak         short requests, random faults, and what the processes' memory does
+    siege        two tenants under random faults, in peace and beside hostile clients of every kind
 
 Each prints how to run it again, starts one server, prints what it sees, writes it with --json, and ends with exit code
 1 if anything was wrong. `everything.py` says what `all` runs.
@@ -43,6 +44,7 @@ from tests.faults import (
     grammars,
     overload,
     rolling,
+    siege,
     soak,
     trials,
     unread,
@@ -58,10 +60,10 @@ Result = tuple[Any, str, bool]
 
 COMMANDS = (
     *("trials", "rounds", "phases", "disconnects", "unread", "rolling", "bits", "overload", "burst", "grammars"),
-    "soak",
+    *("soak", "siege"),
 )
 # A pool of which every block has been written soon: its first touch is no leak.
-SMALL_POOL = {"disconnects": 600, "soak": 256}
+SMALL_POOL = {"disconnects": 600, "soak": 256, "siege": 600}
 SESSION_BUDGET = aiohttp.ClientTimeout(total=240.0)
 
 
@@ -177,6 +179,14 @@ class Run:
         report = await soak.run(self.cluster, self.ledger, oracles, self.args.seed, self.args.number, tell)
         return asdict(report), report.summary(), bool(report.faults)
 
+    async def siege(self) -> Result:
+        """Two tenants, random faults and hostile clients."""
+        pool = siege.pool(self.args.pool_seed, self.args.pool)
+        oracles = await Oracles(self.args.oracles).ask(self.ledger, pool)
+        report = await siege.run(self.cluster, oracles, self.args.seed, self.args.number, tell)
+        report.weigh(siege.ITL_TARGET, siege.SMALL_P95_TARGET_S)
+        return asdict(report), report.summary(), bool(report.faults)
+
     def _write(self, value: Any) -> None:
         if self.args.json is not None:
             self.args.json.write_text(json.dumps(value, indent=1) + "\n")
@@ -194,7 +204,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m tests.faults", description="Faults on purpose, many of them.")
     commands = top.add_subparsers(dest="command", required=True)
     # Commands whose requests come from a pool take these as well.
-    with_pool = {"rounds", "rolling", "soak"}
+    with_pool = {"rounds", "rolling", "soak", "siege"}
     workers = {
         "trials": (trials.NUM_DECODE, trials.NUM_PREFILL),
         "rounds": (3, 2),
@@ -237,7 +247,8 @@ def parser() -> argparse.ArgumentParser:
     rounds.add_argument("--kinds", nargs="+", choices=campaign.ROUND_KINDS, default=list(campaign.KILL_KINDS))
     choices["overload"].add_argument("--seconds", type=float, default=120.0, help="of overload (120)")
     choices["grammars"].add_argument("--turns", type=int, default=10, help="in peace and beside them (10)")
-    for name, number in (("disconnects", 1000), ("unread", 400), ("rolling", 200), ("bits", 1000), ("soak", 1000)):
+    numbers = {"disconnects": 1000, "unread": 400, "rolling": 200, "bits": 1000, "soak": 1000, "siege": 1000}
+    for name, number in numbers.items():
         choices[name].add_argument("number", nargs="?", type=int, default=number, help=f"requests ({number})")
     choices["disconnects"].add_argument("--heap", type=Path, help="folder for snapshots of the router's heap")
     choices["burst"].add_argument("number", nargs="?", type=int, default=4, help="bursts (4)")
@@ -247,7 +258,9 @@ def parser() -> argparse.ArgumentParser:
 
 async def _run(args: argparse.Namespace, server: Server) -> tuple[str, bool]:
     connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(connector=connector, timeout=SESSION_BUDGET) as http:
+    # Any key will do where there are no keys.
+    headers = siege.bearer(siege.LARGE)
+    async with aiohttp.ClientSession(connector=connector, timeout=SESSION_BUDGET, headers=headers) as http:
         run = Run(args, server, http)
         return await run.finish(getattr(run, args.command))
 
@@ -282,6 +295,8 @@ def perform(words: Sequence[str]) -> tuple[str, bool]:
     with tempfile.TemporaryDirectory() as folder:
         log = args.log or Path(folder)
         log.mkdir(parents=True, exist_ok=True)
+        if args.command == "siege":
+            options += tuple(siege.options(log))
         names = {"phases": ["late-landed"], "bits": ["flip-bits"]}.get(args.command, [])
         args.sound = _ask_sound(args) if args.command == "bits" else {}
         heap: Path | None = getattr(args, "heap", None)

@@ -22,7 +22,7 @@ OVERLOAD_S_PER_TRIAL = 0.12
 # Distinct requests; each is asked once in peace.
 FEWEST_IN_POOL, MOST_IN_POOL = 12, 60
 MOST_BURSTS = 20
-WITH_POOL = frozenset({"rounds", "rolling", "soak"})
+WITH_POOL = frozenset({"rounds", "rolling", "soak", "siege"})
 Perform = Callable[[Sequence[str]], tuple[str, bool]]
 """Runs a campaign by its command line; returns its summary and whether anything was wrong."""
 
@@ -61,6 +61,7 @@ def plan(num_trials: int) -> list[tuple[str, list[str]]]:
         ("burst", ["burst", str(min(MOST_BURSTS, share(0.1)))]),
         ("grammars", ["grammars", "--turns", str(share(0.02))]),
         ("soak", ["soak", str(share(10.0))]),
+        ("siege", ["siege", str(share(10.0))]),
     ]
 
 

@@ -142,12 +142,16 @@ class Watch:
         samples: of each process that lived, as "name pid".
         slopes, steps: of those that lived long enough: growth per request, and bytes more at the end than when warm.
         faults: what grew, in words.
+        max_steps_bytes: what steps may add up to.
+        counts_from: over fewer requests descriptors and the like are not judged.
     """
 
     samples: dict[str, list[Sample]] = field(default_factory=dict)
     slopes: dict[str, Slope] = field(default_factory=dict)
     steps: dict[str, int] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
+    max_steps_bytes: int = MAX_STEPS_BYTES
+    counts_from: int = 0
 
     async def run(self, cluster: Cluster, num_requests: Callable[[], int]) -> None:
         """Note every process's footprint once a second, until cancelled."""
@@ -178,11 +182,11 @@ class Watch:
         steps = self.steps[name] = grown([s.footprint.own_bytes for s in counted])
         if lived >= JUDGED_FROM and not slope.is_flat:
             self.faults.append(f"{name} grows by {slope.median:.0f} bytes a request, at least {slope.low:.0f}")
-        elif lived >= JUDGED_FROM and steps > MAX_STEPS_BYTES:
+        elif lived >= JUDGED_FROM and steps > self.max_steps_bytes:
             self.faults.append(f"{name} has {steps / 2**20:.1f} MiB more than when warm")
         for what, most in MAX_GROWTH.items():
             values = [value for s in counted if (value := getattr(s.footprint, what)) is not None]
-            if values and grown(values) > most:
+            if values and lived >= self.counts_from and grown(values) > most:
                 self.faults.append(f"{name} has {grown(values)} {_WORDS[what]} more than when warm")
 
     def summary(self) -> str:

@@ -84,7 +84,8 @@ class Oracles:
 
 
 def _key(request: Request) -> str:
-    return json.dumps([request.prompt, request.max_tokens, request.temperature, request.seed])
+    words = [request.prompt, request.max_tokens, request.temperature, request.seed]
+    return json.dumps([*words, request.regex] if request.regex else words)
 
 
 @dataclass(slots=True)

@@ -60,16 +60,22 @@ class SoakReport:
         )
 
 
-class _Nemesis:
-    """Draws and sends faults until told to stop."""
+class Nemesis:
+    """Draws and sends faults until told to stop.
 
-    def __init__(self, cluster: Cluster, loop: ClosedLoop, ledger: Ledger, seed: int, report: SoakReport) -> None:
+    Attributes:
+        kinds: faults sent, by kind.
+        faults: what it could not do, in words.
+    """
+
+    def __init__(self, cluster: Cluster, loop: ClosedLoop, ledger: Ledger, seed: int) -> None:
+        self.kinds: dict[str, int] = {}
+        self.faults: list[str] = []
         self._dice = random.Random(f"nemesis {seed}")
         self._striker = Striker(cluster, loop, self._dice, SPARED)
         self._loop = loop
         self._ledger = ledger
         self._pool = loop.pool
-        self._report = report
         self.is_ending = False
 
     async def run(self) -> None:
@@ -78,10 +84,10 @@ class _Nemesis:
             kind = self._dice.choice(KINDS)
             try:
                 await (self._leave() if kind == "disconnects" else self._striker.strike(kind))
-                self._report.kinds[kind] = self._report.kinds.get(kind, 0) + 1
+                self.kinds[kind] = self.kinds.get(kind, 0) + 1
             except TimeoutError:
                 if not self.is_ending:
-                    self._report.faults.append(f"nothing to strike for {kind}")
+                    self.faults.append(f"nothing to strike for {kind}")
             self._loop.forget_ended(time.monotonic())
             self._striker.hits.clear()
             await asyncio.sleep(self._dice.uniform(0.5, 1.5) * FAULT_EVERY_S)
@@ -118,7 +124,8 @@ async def run(
 
     # A kill of everybody may end a stream with one explicit error.
     loop = ClosedLoop(ledger, oracles, random.Random(f"soak {seed}"), width=WIDTH, may_fail=True, on_done=note)
-    nemesis = _Nemesis(cluster, loop, ledger, seed, report)
+    nemesis = Nemesis(cluster, loop, ledger, seed)
+    report.kinds = nemesis.kinds
     striking = asyncio.create_task(nemesis.run())
     sampling = asyncio.create_task(report.watch.run(cluster, lambda: loop.tally.num_streams))
     tally = await loop.run(num_requests)
@@ -130,7 +137,7 @@ async def run(
             report.faults.append(f"the soak's own fault: {ended!r}")
     await nemesis.settle()
     report.num_requests, report.num_explicit = tally.num_streams, tally.num_explicit
-    report.faults += tally.faults + await cluster.aftermath()
+    report.faults += nemesis.faults + tally.faults + await cluster.aftermath()
     report.watch.weigh(report.num_requests, LASTING)
     report.faults += report.watch.faults
     report.took_s = time.monotonic() - begin_s

@@ -214,8 +214,8 @@ def test_the_big_version_is_made_of_command_lines_that_exist() -> None:
     )
     assert found["prefill-kills"].trials == 300
     assert found["other-kills"].rounds * found["other-kills"].faults == 100
-    assert [found[name].number for name in ("disconnects", "unread", "rolling", "bits", "soak")] == [
-        *(10000, 4000, 1000, 1000, 10000)
+    assert [found[name].number for name in ("disconnects", "unread", "rolling", "bits", "soak", "siege")] == [
+        *(10000, 4000, 1000, 1000, 10000, 10000)
     ]
     assert found["overload"].seconds == 120.0 and found["grammars"].turns == 20
     assert {args.command for args in found.values()} == set(COMMANDS) - {"trials"}
