@@ -25,6 +25,10 @@ BASE_ROW_ITEMS: Final = 400
 BYTES_PER_ROW_ITEM: Final = 2
 MAX_ROW_ITEMS: Final = 2_000  # the library's own
 STEP_ITEMS_PER_ROW_ITEM: Final = 15
+# A schema takes four items for each property that may be left out, and what it costs grows with their number alone,
+# since every value in it ends by its own marks: some 20 ms where all of this is used.
+SCHEMA_ROW_ITEMS: Final = 5_000
+SCHEMA_STEP_ITEMS: Final = 150_000
 MAX_REASON_CHARS: Final = 300
 # The library asks anew, with every mask, how the whole text that is forced is spelled, and uses the first token alone.
 MAX_SPELLED_BYTES: Final = 512
@@ -52,26 +56,33 @@ def compile_matcher(tokenizer: LLTokenizer, grammar: Grammar, is_trial: bool = F
     Args:
         tokenizer: of the vocabulary.
         grammar: what to compile.
-        is_trial: allow the library's own ambiguity: a random answer may run into what a sensible one never meets, and
-            one that does meet it is ended for itself.
+        is_trial: allow a grammar of the client's own the library's own ambiguity: a random answer may run into what a
+            sensible one never meets, and one that does meet it is ended for itself. A schema has the same limits here
+            and there.
     """
     try:
-        limits = limits_of(MAX_ROW_ITEMS if is_trial else _num_row_items(grammar))
-        matcher = LLMatcher(tokenizer, _native(grammar), log_level=0, limits=limits)
+        matcher = LLMatcher(tokenizer, _native(grammar), log_level=0, limits=_limits(grammar, is_trial))
     except (ValueError, RecursionError) as error:
         raise GrammarError(_short(str(error))) from error
     require_sound(matcher)
     return matcher
 
 
-def limits_of(num_row_items: int) -> LLParserLimits:
-    """Return what the library may spend on a step of a grammar that may have so many items in a row."""
+def _limits(grammar: Grammar, is_trial: bool) -> LLParserLimits:
+    """Return what the library may spend on a step of a grammar."""
+    if grammar.kind == GrammarKind.JSON_SCHEMA:
+        row_items, step_items = SCHEMA_ROW_ITEMS, SCHEMA_STEP_ITEMS
+    else:
+        row_items = MAX_ROW_ITEMS
+        if not is_trial:
+            row_items = min(row_items, BASE_ROW_ITEMS + len(grammar.text) // BYTES_PER_ROW_ITEM)
+        step_items = row_items * STEP_ITEMS_PER_ROW_ITEM
     return LLParserLimits(
         initial_lexer_fuel=INITIAL_LEXER_FUEL,
         step_lexer_fuel=STEP_LEXER_FUEL,
         max_lexer_states=MAX_LEXER_STATES,
-        max_items_in_row=num_row_items,
-        step_max_items=num_row_items * STEP_ITEMS_PER_ROW_ITEM,
+        max_items_in_row=row_items,
+        step_max_items=step_items,
         verbose_errors=False,
     )
 
@@ -80,10 +91,6 @@ def require_sound(matcher: LLMatcher) -> None:
     """Raise GrammarError if the library has given up on a matcher: it has met one of its limits."""
     if matcher.is_error():
         raise GrammarError(_short(matcher.get_error()))
-
-
-def _num_row_items(grammar: Grammar) -> int:
-    return min(MAX_ROW_ITEMS, BASE_ROW_ITEMS + len(grammar.text) // BYTES_PER_ROW_ITEM)
 
 
 class _Source:
@@ -121,4 +128,6 @@ def _short(message: str) -> str:
     reason = " ".join(message.split("<state>")[0].replace("<non-verbose/>", "").split())
     if reason.startswith("NoExtension"):
         return "no output obeys it"
+    if "Too many items" in reason or ("Current row has" in reason and "items" in reason):
+        return "it is too large or too ambiguous: its parser needs more items at one place than are allowed"
     return reason[:MAX_REASON_CHARS] or "the library gave no reason"

@@ -7,7 +7,8 @@
 4. The end of stdin ends it: no router, no child.
 
 A grammar is compiled, and then a few dozen tokens that it allows are taken at random: what would meet the library's
-limits in the middle of an answer mostly meets them here.
+limits in the middle of an answer mostly meets them here. Some answers end early, and some never leave their first
+string: further ones are begun that shun what closes and that hurry on, as long as that is cheap.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import TYPE_CHECKING, BinaryIO, Final
 
 import msgspec
 
@@ -30,9 +31,21 @@ from protocol.request import MAX_GRAMMAR_BYTES, Grammar, GrammarKind
 from router.regex_dialect import ascii_lark, ascii_regex
 from router.schema_exact import exact_schema
 
+if TYPE_CHECKING:
+    import numpy as np
+    from llguidance import LLMatcher
+    from numpy.typing import NDArray
+
+    from protocol.vocabulary import TokenBytes
+
+    TokenIds = NDArray[np.intp]
+
 MAX_MEMORY_BYTES: Final = 1 << 30
 CHECK_CPU_S: Final = 2.0
 NUM_PROBED_TOKENS: Final = 48
+NUM_WALKS: Final = 4
+# No further answer is begun once this much CPU time has gone.
+MORE_WALKS_CPU_S: Final = 0.3
 # What takes more CPU time than this has only what everybody else leaves of the machine from then on.
 MODEST_CPU_S: Final = 0.05
 LOOK_S: Final = 0.01
@@ -127,37 +140,73 @@ class Trial:
 
         vocabulary = TokenBytes.of_model(model_path)
         self._vocab_size = len(vocabulary.tokens)
-        self._eos_ids = frozenset(vocabulary.eos_token_ids)
         self._tokenizer = open_tokenizer(vocabulary, self._vocab_size)
+        self._walker = _Walker(vocabulary)
 
     def text_of(self, grammar: Grammar) -> str:
         """Return the text by which workers compile a grammar. Raises GrammarError with what is wrong."""
         from protocol.guidance import compile_matcher
 
         grammar = msgspec.structs.replace(grammar, text=_held(grammar))
-        self._probe(compile_matcher(self._tokenizer, grammar, is_trial=True))
+        start = compile_matcher(self._tokenizer, grammar, is_trial=True)
+        begin_s = time.thread_time()
+        for number in range(NUM_WALKS):
+            self._walker.walk(start.deep_copy(), number)
+            if time.thread_time() - begin_s > MORE_WALKS_CPU_S:
+                break
         return grammar.text
 
-    def _probe(self, matcher: object) -> None:
-        import numpy as np
-        from llguidance import LLMatcher
 
+class _Walker:
+    """Takes answers at random, each with dice and a taste of its own."""
+
+    def __init__(self, vocabulary: TokenBytes) -> None:
+        import numpy as np
+
+        self._vocab_size = len(vocabulary.tokens)
+        self._words = np.zeros(-(-self._vocab_size // 32), np.int32)
+        self._is_text = np.ones(self._vocab_size, bool)
+        self._is_text[list(vocabulary.eos_token_ids)] = False
+        self._is_open = np.array([not set(b"}])") & set(token) for token in vocabulary.tokens])
+        self._is_quote = np.array([b'"' in token for token in vocabulary.tokens])
+
+    def walk(self, matcher: LLMatcher, number: int) -> None:
+        """Take the tokens of an answer: of walk 0 any, later ones shun what closes, and hurry through strings.
+
+        Raises:
+            GrammarError: the library gives up, or nothing but the empty output is allowed.
+        """
         from protocol.guidance import require_sound
 
-        assert isinstance(matcher, LLMatcher)
-        words = np.zeros(-(-self._vocab_size // 32), np.int32)
-        dice = random.Random(0)
+        dice = random.Random(number)
         for step in range(NUM_PROBED_TOKENS):
-            matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
-            require_sound(matcher)
-            bits = np.unpackbits(words.view(np.uint8), bitorder="little", count=self._vocab_size)
-            allowed = [token_id for token_id in np.flatnonzero(bits).tolist() if token_id not in self._eos_ids]
-            if not allowed:
+            allowed = self._allowed(matcher)
+            if not len(allowed):
                 if step == 0:
                     raise GrammarError("nothing but the empty output obeys it")
                 return
-            matcher.consume_token(dice.choice(allowed))
+            if number > 0:
+                allowed = _preferred(allowed, self._is_open)
+            if number > 1 and dice.random() < 0.5:
+                allowed = _preferred(allowed, self._is_quote)
+            matcher.consume_token(int(allowed[dice.randrange(len(allowed))]))
             require_sound(matcher)
+
+    def _allowed(self, matcher: LLMatcher) -> TokenIds:
+        import numpy as np
+
+        from protocol.guidance import require_sound
+
+        matcher.unsafe_compute_mask_ptr(self._words.ctypes.data, self._words.nbytes)
+        require_sound(matcher)
+        bits = np.unpackbits(self._words.view(np.uint8), bitorder="little", count=self._vocab_size)
+        return np.flatnonzero(bits.astype(bool) & self._is_text)
+
+
+def _preferred(allowed: TokenIds, is_liked: NDArray[np.bool_]) -> TokenIds:
+    """Return of the tokens those that are liked; all if none is."""
+    liked = allowed[is_liked[allowed]]
+    return liked if len(liked) else allowed
 
 
 def _held(grammar: Grammar) -> str:

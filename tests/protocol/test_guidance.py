@@ -6,12 +6,14 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
+from protocol.errors import GrammarError
 from protocol.guidance import compile_matcher, open_tokenizer
 from protocol.request import Grammar, GrammarKind
 from protocol.vocabulary import Spelling, TokenBytes
@@ -147,3 +149,69 @@ def test_the_ends_of_answers_are_never_text(tmp_path: Path) -> None:
     vocabulary = TokenBytes.of_model(_added(tmp_path))
     assert vocabulary.eos_token_ids and set(vocabulary.eos_token_ids) <= vocabulary.special_ids
     assert TokenBytes.of_model(_gpt2(tmp_path)).eos_token_ids == (EOS_ID,)
+
+
+# --- large schemas ---
+
+
+def _optional(number: int, **fields: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": {f"property_{i}": {"type": "integer"} for i in range(number)}, **fields}
+
+
+def _models(number: int) -> dict[str, Any]:
+    """As pydantic writes models that name each other."""
+    models: dict[str, Any] = {}
+    for i in range(number):
+        refs = [{"$ref": f"#/$defs/M{k}"} for k in (2 * i + 1, 2 * i + 2) if k < number]
+        models[f"M{i}"] = {
+            "title": f"M{i}",
+            "type": "object",
+            "properties": {
+                "id": {"title": "Id", "type": "integer"},
+                "tag": {"anyOf": [{"type": "string"}, {"type": "null"}], "default": None, "title": "Tag"},
+                "kids": {"type": "array", "items": {"anyOf": [*refs, {"type": "null"}]}},
+            },
+            "required": ["id"],
+        }
+    return {"$defs": models, "$ref": "#/$defs/M0"}
+
+
+_INNER = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "string"}}}
+LARGE: dict[str, Any] = {
+    "1,000 that may be left out": _optional(1000),
+    "and no others": _optional(1000, additionalProperties=False),
+    "a list of them": {"type": "array", "items": _optional(900), "minItems": 1},
+    "an enum": {"type": "object", "properties": {"e": {"enum": [f"word {i}" for i in range(5000)]}}, "required": ["e"]},
+    "300 objects": {"type": "object", "properties": {f"o{i}": _INNER for i in range(300)}},
+    "60 models": _models(60),
+}
+
+
+def _json_schema(schema: Any) -> Grammar:
+    return Grammar(kind=GrammarKind.JSON_SCHEMA, text=json.dumps(schema, separators=(",", ":")))
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_large_schema_is_held_by_workers(name: str, tmp_path: Path) -> None:
+    path, grammar = _gpt2(tmp_path), _json_schema(LARGE[name])
+    vocabulary = TokenBytes.of_model(path)
+    assert Trial(path).text_of(grammar)
+    start = compile_matcher(open_tokenizer(vocabulary, len(vocabulary.tokens)), grammar)
+    words = np.zeros(-(-len(vocabulary.tokens) // 32), np.int32)
+    for seed in range(3):
+        matcher, dice = start.deep_copy(), random.Random(seed)
+        for _ in range(100):
+            matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+            assert not matcher.is_error(), matcher.get_error()
+            bits = np.unpackbits(words.view(np.uint8), bitorder="little", count=len(vocabulary.tokens))
+            bits[list(vocabulary.eos_token_ids)] = 0
+            if not bits.any():
+                break
+            assert matcher.consume_token(int(dice.choice(np.flatnonzero(bits)))), matcher.get_error()
+
+
+@pytest.mark.parametrize("schema", [_optional(1500), {"type": "array", "items": _optional(1500)}])
+def test_a_schema_too_large_to_be_held_is_refused_by_its_trial(schema: dict[str, Any], tmp_path: Path) -> None:
+    """Also where the first dice end the answer at once: a worker would meet the limit with the first brace."""
+    with pytest.raises(GrammarError, match="too large"):
+        Trial(_gpt2(tmp_path)).text_of(_json_schema(schema))
