@@ -5,9 +5,9 @@
     UCX_TLS set:    GPU memory ──► host memory, both over what the user names
 
 Shared memory is all that the second way has: no port is opened for it. There the receiver fetches what it was told of
-(get_zcopy), so nobody writes into its memory but itself. Over TCP payload is sent as messages, in segments so large
-that it costs no more than UCX's remote writes would (am instead of put_zcopy, which an endpoint made of an address
-does not have: without a peer's death it would never end what was half received).
+(get_zcopy), so nobody writes into its memory but itself. Over TCP payload is sent as rendezvous messages (am), in
+segments so large that it costs no more than UCX's remote writes would. put_zcopy is not for endpoints that are made of
+an address: they fall back to plain fragments, and a receive that is half filled when the sender dies never ends.
 
 Between hosts GPU memory is not tried unasked: the UCX of ucxx's wheel has no RDMA, and GPU memory over TCP would pass
 through UCX's own bounce buffers instead of our pinned slots. With a UCX that has RDMA the user names the transports:

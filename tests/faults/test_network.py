@@ -14,7 +14,7 @@ import pytest
 
 from tests.e2e.client import session
 from tests.e2e.server import Server, wait_until
-from tests.e2e.sockets import listening
+from tests.e2e.sockets import Socket, listening
 from tests.e2e.test_sockets import table
 from tests.faults import network
 from tests.faults.ledger import Ledger, Record, Request
@@ -101,9 +101,14 @@ def test_streams_across_hosts_are_those_of_one_host(hosts: Cluster, expected: di
     )
 
 
+def off_loopback() -> list[Socket]:
+    """Return the TCP sockets on which processes of these tests listen for other hosts."""
+    return [one for one in listening(os.getpid()).elements() if one.kind == "tcp" and one.where != LOOPBACK]
+
+
 def test_between_hosts_each_worker_listens_on_what_security_md_says(hosts: Cluster) -> None:
     whole(hosts)
-    found = Counter((one.process, one.where) for one in listening(os.getpid()).elements() if one.where != LOOPBACK)
+    found = Counter((one.process, one.where) for one in off_loopback())
     addresses = {worker_id: host.address for worker_id, host in hosts.hosts.items()}
     links = {"prefill": NUM_DECODE, "decode": NUM_PREFILL}
     want = Counter({("router", f"{network.NETWORK}.1"): 1})
@@ -120,9 +125,7 @@ def test_between_hosts_each_worker_listens_on_what_security_md_says(hosts: Clust
 def test_a_stranger_finds_no_way_to_ucx(hosts: Cluster, expected: dict[Request, list[int]], words: bytes) -> None:
     """From the router's host, which is no peer; and from the peer's, once they are linked."""
     whole(hosts)
-    ports = {
-        (one.where, one.port) for one in listening(os.getpid()) if one.process == "decode" and one.where != LOOPBACK
-    }
+    ports = {(one.where, one.port) for one in off_loopback() if one.process == "decode"}
     assert len(ports) == NUM_DECODE * NUM_PREFILL
     inside = ("ip", "netns", "exec", hosts.hosts["prefill-0"].namespace)
     code = (
