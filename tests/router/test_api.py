@@ -338,7 +338,7 @@ def test_a_bad_completion_field_is_named(intake: Intake, fields: dict[str, Any],
         b'{"model": "m", "messages": [{"role": "user", "content": "x"}], "x": ' + b"9" * 5000 + b"}",
         b'{"model": "m", "messages": [{"role": "user", "content": "x"}], "seed": ' + b"9" * 5000 + b"}",
         b'{"model": "m", "messages": [{"role": "user", "content": "x"}], "temperature": 1e400}',
-        b'{"model": "m", "messages": [{"role": "user", "content": "x"}], "x": ' + b"[" * 5000 + b"]" * 5000 + b"}",
+        b'{"model": "m", "messages": [{"role": "user", "content": "x"}], "x": ' + b"[" * 50_000 + b"]" * 50_000 + b"}",
     ],
 )  # fmt: skip
 def test_bodies_that_are_no_proper_json_are_refused(intake: Intake, body: bytes) -> None:
