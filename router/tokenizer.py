@@ -39,8 +39,9 @@ class Tokenizer:
         pieces = {token_id: self._to_bytes(piece) for piece, token_id in vocabulary.items()}
         pieces |= {token_id: token.content.encode() for token_id, token in added.items()}
         self._texts, self._parts = _texts_of(pieces, self.vocab_size)
+        self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self._shown_texts = list(self._texts)
-        for token_id in (token_id for token_id, token in added.items() if token.special):
+        for token_id in self._special_ids:
             self._shown_texts[token_id] = ""
         self.max_token_chars: int = max(map(len, vocabulary))
         self.eos_token_ids: tuple[int, ...] = source.known_eos_token_ids()
