@@ -44,7 +44,7 @@ MAX_MEMORY_BYTES: Final = 1 << 30
 CHECK_CPU_S: Final = 2.0
 NUM_PROBED_TOKENS: Final = 48
 NUM_WALKS: Final = 4
-# No further answer is begun once this much CPU time has gone.
+# No answer but the first goes on once this much CPU time has gone.
 MORE_WALKS_CPU_S: Final = 0.3
 # What takes more CPU time than this has only what everybody else leaves of the machine from then on.
 MODEST_CPU_S: Final = 0.05
@@ -149,11 +149,11 @@ class Trial:
 
         grammar = msgspec.structs.replace(grammar, text=_held(grammar))
         start = compile_matcher(self._tokenizer, grammar, is_trial=True)
-        begin_s = time.thread_time()
+        end_s = time.thread_time() + MORE_WALKS_CPU_S
         for number in range(NUM_WALKS):
-            self._walker.walk(start.deep_copy(), number)
-            if time.thread_time() - begin_s > MORE_WALKS_CPU_S:
+            if number > 0 and time.thread_time() >= end_s:
                 break
+            self._walker.walk(start.deep_copy(), number, end_s)
         return grammar.text
 
 
@@ -170,7 +170,7 @@ class _Walker:
         self._is_open = np.array([not set(b"}])") & set(token) for token in vocabulary.tokens])
         self._is_quote = np.array([b'"' in token for token in vocabulary.tokens])
 
-    def walk(self, matcher: LLMatcher, number: int) -> None:
+    def walk(self, matcher: LLMatcher, number: int, end_s: float) -> None:
         """Take the tokens of an answer: of walk 0 any, later ones shun what closes, and hurry through strings.
 
         Raises:
@@ -180,6 +180,8 @@ class _Walker:
 
         dice = random.Random(number)
         for step in range(NUM_PROBED_TOKENS):
+            if number > 0 and time.thread_time() >= end_s:
+                return
             allowed = self._allowed(matcher)
             if not len(allowed):
                 if step == 0:

@@ -4,12 +4,14 @@
    tells what stands under it, and no key is taken for one by its name. A property may be called `enum`; what stands
    under `const` is data, whatever it looks like; what only a reference points to is a schema as well.
 2. Base URIs (`$id`), anchors and pointers are resolved here, so that no library has to, and a schema may be moved.
-3. `moved` leaves JSON pointers from the root it is moved under, and neither base URIs nor anchors.
+3. Who takes a keyword out calls `keep_reached`: what a reference leads to lives on under `$defs`.
+4. `moved` leaves JSON pointers from the root it is moved under, and neither base URIs nor anchors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import count
 from typing import Any, Final
 from urllib.parse import quote, unquote, urldefrag, urljoin
 
@@ -27,6 +29,7 @@ _LIST: Final = frozenset({"allOf", "anyOf", "oneOf", "prefixItems", "items"})
 _MAP: Final = frozenset({"$defs", "definitions", "dependencies", "dependentSchemas", "patternProperties", "properties"})
 _REFERENCES: Final = ("$ref", "$dynamicRef", "$recursiveRef")
 _NAMES: Final = ("$id", "$anchor", "$dynamicAnchor", "$recursiveAnchor")
+_NOTHING: Final = object()
 _NOWHERE: Final = "https://schema.invalid/"
 _DRAFTS: Final = {
     f"json-schema.org/{draft}/schema": f"{scheme}://json-schema.org/{draft}/schema{end}"
@@ -88,6 +91,22 @@ class Document:
             if isinstance(node.get("properties"), dict):
                 node.setdefault("additionalProperties", False)
 
+    def keep_reached(self) -> None:
+        """Put what references lead to where they still find it, after keywords were taken out; before `moved`."""
+        homes: dict[int, Path] = {}
+        for place, (node, key, path, found) in enumerate(self._targets):
+            if self._at(path) is found:
+                continue
+            home = homes.get(id(found))
+            if home is None:
+                definitions = self.root.setdefault("$defs", {})
+                if not isinstance(definitions, dict):
+                    continue  # the library says what is wrong
+                name = next(name for i in count(len(definitions)) if (name := f"reached_{i}") not in definitions)
+                definitions[name] = found
+                home = homes[id(found)] = ("$defs", name)
+            self._targets[place] = (node, key, home, found)
+
     def moved(self, home: str = "#") -> Node:
         """Return the root as it reads where it stands at a JSON pointer of another root; called once.
 
@@ -95,7 +114,7 @@ class Document:
             InvalidRequest: references take more than `MAX_GRAMMAR_BYTES`.
         """
         num_bytes = 0
-        for node, key, path in self._targets:
+        for node, key, path, _ in self._targets:
             node.pop(key, None)
             target = {"$ref": home + _fragment(path)}
             num_bytes += len(target["$ref"])
@@ -142,9 +161,9 @@ class Document:
         self._num_recursive += node.get("$recursiveAnchor") is True
         return base
 
-    def _resolved(self) -> list[tuple[Node, str, Path]]:
-        """Return each reference with where it leads; what is a schema only by being referred to is taken in."""
-        targets: list[tuple[Node, str, Path]] = []
+    def _resolved(self) -> list[tuple[Node, str, Path, Any]]:
+        """Return each reference, where it leads and what is there, which is taken in as a schema."""
+        targets: list[tuple[Node, str, Path, Any]] = []
         for node in self.nodes:  # it grows while it is read
             for key in _REFERENCES:
                 if key not in node:
@@ -153,8 +172,11 @@ class Document:
                 if not isinstance(reference, str):
                     raise InvalidRequest(f"{self._name}: {key} must be a string", self._name)
                 path, base = self._target(key, reference, self._bases[id(node)])
-                targets.append((node, key, path))
-                self._enter(self._at(path, key, reference), path, base)
+                found = self._at(path)
+                if found is _NOTHING:
+                    raise self._nowhere(key, reference)
+                targets.append((node, key, path, found))
+                self._enter(found, path, base)
         return targets
 
     def _target(self, key: str, reference: str, base: str) -> tuple[Path, str]:
@@ -186,7 +208,7 @@ class Document:
         if is_open or (key == "$recursiveRef" and self._num_recursive > 1):
             raise InvalidRequest(f"{self._name}: {key} with more than one anchor is not supported", self._name)
 
-    def _at(self, path: Path, key: str, reference: str) -> Any:
+    def _at(self, path: Path) -> Any:
         value: Any = self.root
         for token in path:
             if isinstance(value, dict) and token in value:
@@ -194,7 +216,7 @@ class Document:
             elif isinstance(value, list) and _index(token) in range(len(value)):
                 value = value[_index(token)]
             else:
-                raise self._nowhere(key, reference)
+                return _NOTHING
         return value
 
     def _nowhere(self, key: str, reference: str) -> InvalidRequest:

@@ -51,12 +51,14 @@ def exact_schema(text: str) -> str:
         if isinstance(schema, bool):
             return text
         document = Document(schema, "schema")
+        for node in document.nodes:
+            _drop_idle(node)
+        document.keep_reached()
         root = document.moved()
     except (InvalidRequest, msgspec.MsgspecError) as error:
         raise GrammarError(str(error)) from error
     is_merged = any(_is_merged(node) for node in document.nodes)
     for node in document.nodes:
-        _drop_idle(node)
         _mend(node)
         hold_numbers(node, is_merged)
     if is_merged:

@@ -104,3 +104,28 @@ def test_a_schema_is_never_dropped(fields: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequest) as caught:
         asked(response_format=fields)
     assert caught.value.param == "response_format"
+
+
+NINE = {"const": 9}
+REACHED: list[tuple[dict[str, Any], str]] = [
+    ({"then": NINE}, "then"),
+    ({"if": {"properties": {"x": NINE}}}, "if/properties/x"),
+    ({"contains": NINE, "minContains": 0}, "contains"),
+    ({"additionalItems": {"$defs": {"n": NINE}}}, "additionalItems/$defs/n"),
+    ({"then": {"$ref": "#/properties/b/else"}, "else": NINE}, "then"),
+]
+
+
+@pytest.mark.parametrize(("fields", "path"), REACHED)
+def test_what_asks_for_nothing_may_be_referred_to(guide: Guide, fields: dict[str, Any], path: str) -> None:
+    properties = {"a": {"$ref": f"#/properties/b/{path}"}, "b": {**BASE, **fields}}
+    for defs in ({}, {"$defs": {"reached_0": {"const": 1}, "reached_1": {"const": 2}}}):
+        schema = {"type": "object", "properties": properties, "required": ["a"], **defs}
+        assert (
+            guide.by_schema(schema, '{"a":9}', '{"a":1}') == guide.by_tool(schema, '{"a":9}', '{"a":1}') == ['{"a":9}']
+        )
+
+
+def test_an_idle_schema_that_is_referred_to_allows_anything(guide: Guide) -> None:
+    schema = {"type": "object", "propertyNames": {}, "properties": {"a": {"$ref": "#/propertyNames"}}}
+    assert guide.by_schema(schema, '{"a":[1]}') == ['{"a":[1]}']
