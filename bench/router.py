@@ -8,6 +8,8 @@
 1. A run is one life of these three processes. In it every case (streams, rate) is measured once, in the order given.
 2. A case: open the streams, let tokens flow until it is warm, then read the router's CPU clock twice, with at least
    `--tokens` tokens in between (few streams at a low rate: as many as `--window-s` holds). Then every stream ends.
+   Before that, so many requests of `SHORT_TOKENS` tokens at once, from idle to idle, some rounds of them: what is left
+   of their cost without that of their tokens is what it costs to open and close a request, its connection included.
 3. At a fixed rate each step finds the router idle, as it mostly is in service: one message, then one write per stream.
    Saturated, steps queue up, so that a write may carry several tokens: that is the cost which bounds throughput.
 4. Medians over the runs, with the range. CPU time is the process's clock (all threads, user and system), not load.
@@ -39,6 +41,8 @@ SCRIPT: Final = """{"candidate": 17, "qualification": "five years of Python in p
 """
 ANSWER_BUDGET_S: Final = 150.0
 WARM_TOKENS_PER_STREAM: Final = 20
+SHORT_TOKENS: Final = 2
+SHORT_ROUNDS: Final = 5
 POLL_S: Final = 0.01
 NUM_PROFILED_WINDOWS: Final = 10
 MAX_TOKENS: Final = 1_000_000
@@ -63,7 +67,7 @@ class Sample:
 
     Attributes:
         user_share: share of the CPU time spent outside the kernel.
-        open_s: CPU time from idle to the first token of every stream, per stream.
+        short_s: CPU time of a request of `SHORT_TOKENS` tokens: the median of rounds.
     """
 
     case: Case
@@ -71,7 +75,7 @@ class Sample:
     window_s: float
     cpu_s: float
     user_share: float
-    open_s: float
+    short_s: float
 
     @property
     def us_per_token(self) -> float:
@@ -82,6 +86,11 @@ class Sample:
     def us_per_step(self) -> float:
         """CPU time per decode step, in microseconds."""
         return self.us_per_token * self.case.num_streams
+
+    @property
+    def us_per_request(self) -> float:
+        """CPU time of opening and closing a request, in microseconds."""
+        return self.short_s * 1e6 - SHORT_TOKENS * self.us_per_token
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,9 +196,8 @@ class Scene:
 async def measure(case: Case, scene: Scene) -> Sample:
     """Measure one case: streams are opened for it and ended after it."""
     plan, router, counter = scene.plan, scene.router, scene.counter
-    idle = router.cpu()
+    short_s = await _short_requests(case.num_streams, scene)
     await scene.clients.ask({"open": case.num_streams})
-    opened = router.cpu()
     await scene.workers.ask({"steps_per_s": case.steps_per_s})
     await _until(counter, counter.value + WARM_TOKENS_PER_STREAM * case.num_streams, plan.window_s)
     if plan.profile is not None:
@@ -199,9 +207,7 @@ async def measure(case: Case, scene: Scene) -> Sample:
     end, end_s, end_tokens = router.cpu(), time.monotonic(), counter.value
     if plan.profile is not None:
         router.toggle_profile()
-    sent, received = await scene.workers.ask({"end": True}), await scene.clients.ask({"close": True})
-    if sent["num_tokens"] != received["num_tokens"]:
-        raise RuntimeError(f"{sent['num_tokens']} tokens were sent, {received['num_tokens']} received")
+    await _end(scene)
     user_s, system_s = end.user_s - begin.user_s, end.system_s - begin.system_s
     return Sample(
         case=case,
@@ -209,8 +215,26 @@ async def measure(case: Case, scene: Scene) -> Sample:
         window_s=end_s - begin_s,
         cpu_s=end.all_s - begin.all_s,
         user_share=user_s / max(1e-9, user_s + system_s),
-        open_s=(opened.all_s - idle.all_s) / case.num_streams,
+        short_s=short_s,
     )
+
+
+async def _short_requests(num_streams: int, scene: Scene) -> float:
+    """Return the CPU time of a short request; a first round, in which caches fill, does not count."""
+    rounds: list[float] = []
+    for _ in range(1 + SHORT_ROUNDS):
+        idle = scene.router.cpu()
+        await scene.clients.ask({"open": num_streams})
+        await _end(scene)
+        rounds.append((scene.router.cpu().all_s - idle.all_s) / num_streams)
+    return statistics.median(rounds[1:])
+
+
+async def _end(scene: Scene) -> None:
+    """End every stream and check what it has received."""
+    sent, received = await scene.workers.ask({"end": True}), await scene.clients.ask({"close": True})
+    if sent["num_tokens"] != received["num_tokens"]:
+        raise RuntimeError(f"{sent['num_tokens']} tokens were sent, {received['num_tokens']} received")
 
 
 async def _until(counter: Counter, wanted: int, budget_s: float) -> None:
@@ -238,7 +262,7 @@ def _request(router: RouterProcess) -> str:
 
 def table(samples: Sequence[Sample]) -> str:
     """Return one line per case: medians over its runs, and the range of what matters."""
-    head = ("streams", "steps/s", "tokens/s", "us/token", "range", "us/step", "user", "opening us", "tokens", "runs")
+    head = ("streams", "steps/s", "tokens/s", "us/token", "range", "us/step", "user", "us/request", "tokens", "runs")
     rows = [head]
     for case in dict.fromkeys(sample.case for sample in samples):
         found = [sample for sample in samples if sample.case == case]
@@ -254,7 +278,7 @@ def table(samples: Sequence[Sample]) -> str:
                 f"{min(cost):.1f}-{max(cost):.1f}",
                 f"{statistics.median(cost) * case.num_streams:.0f}",
                 f"{statistics.median(sample.user_share for sample in found):.0%}",
-                f"{statistics.median(sample.open_s for sample in found) * 1e6:.0f}",
+                f"{statistics.median(sample.us_per_request for sample in found):.0f}",
                 str(min(sample.num_tokens for sample in found)),
                 str(len(found)),
             )

@@ -1,4 +1,4 @@
-"""A histogram that is observed for every token.
+"""A histogram that is observed for every token, or some times for every request.
 
 It shows the same samples as prometheus_client's own, which takes two locks and a linear search for each observation:
 five times the work, and more than sending the token's bytes costs outside the kernel.
@@ -15,7 +15,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 
-class TokenHistogram(Collector):
+class PlainHistogram(Collector):
     """Counts of values by bucket, for one set of labels. Observed and collected on one thread.
 
     Args:

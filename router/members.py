@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from protocol.errors import FingerprintMismatch
 from protocol.kv_layout import KVFingerprint
@@ -19,9 +20,8 @@ from protocol.readout import EmbeddingCard
 from protocol.wire import Heartbeat, PeerAddress, Register, Role, WorkerStats
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerKey:
-    """One instance of a worker."""
+class WorkerKey(NamedTuple):
+    """One instance of a worker. A tuple: it is looked up and compared for every message, which C does for tuples."""
 
     worker_id: str
     instance: int

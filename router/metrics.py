@@ -3,7 +3,7 @@
 Every observation is made once, under a `baton_` name. The `vllm:` names that dashboards and load generators know are
 the same numbers, renamed when they are read. Counters of workers are added up by difference, so that they keep growing
 when a worker restarts. Bucket edges include the latency objectives, so that attainment can be read off exactly.
-What is counted for every token is kept in plain numbers and becomes metrics when they are read.
+What is counted for every token or request is kept in plain numbers and becomes metrics when they are read.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from prometheus_client.registry import Collector
 from protocol.request import FinishReason
 from protocol.timeline import Timeline
 from protocol.wire import FirstToken, Role, WorkerStats
-from router.histogram import TokenHistogram
+from router.histogram import PlainHistogram
 from router.members import Registry, Worker
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
@@ -62,10 +62,11 @@ class Metrics:
         self._worker_metrics()
         self._registry.register(_Aliases(self._aliases))
 
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], alias: str) -> Histogram:
-        made = Histogram(name, text, ("model_name",), buckets=buckets, registry=self._registry)
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], alias: str) -> PlainHistogram:
+        made = PlainHistogram(name, text, {"model_name": self._model[0]}, buckets)
+        self._registry.register(made)
         self._aliases.append((alias, made))
-        return made.labels(*self._model)
+        return made
 
     def _request_metrics(self) -> None:
         make = self._histogram
@@ -101,10 +102,8 @@ class Metrics:
         self._waiting = self._gauge("baton_num_requests_waiting", "Requests without.", "vllm:num_requests_waiting")
 
     def _token_metrics(self) -> None:
-        self._itl = TokenHistogram("baton_inter_token_latency_seconds", "Gap between two tokens.",
-                                   {"model_name": self._model[0]}, _SHORT)  # fmt: skip
-        self._registry.register(self._itl)
-        self._aliases.append(("vllm:inter_token_latency_seconds", self._itl))
+        self._itl = self._histogram("baton_inter_token_latency_seconds", "Gap between two tokens.", _SHORT,
+                                    "vllm:inter_token_latency_seconds")  # fmt: skip
         self._tpot = self._histogram("baton_time_per_output_token_seconds", "Mean gap of a request.", _SHORT,
                                      "vllm:request_time_per_output_token_seconds")  # fmt: skip
         self._prompt_tokens = self._count("baton_prompt_tokens", "Prompt tokens.", "vllm:prompt_tokens")

@@ -381,6 +381,8 @@ async def _read(request: web.Request, budget_s: float) -> bytes:
     if announced > request.client_max_size:
         raise web.HTTPRequestEntityTooLarge(request.client_max_size, announced)
     try:
+        if request.content.is_eof():
+            return await request.read()  # it has come with the head, as most do: no timer is needed
         async with asyncio.timeout(budget_s):
             return await request.read()
     except web.RequestPayloadError as error:

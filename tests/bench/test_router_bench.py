@@ -155,7 +155,13 @@ def test_the_table_shows_the_median_and_the_range() -> None:
     case = Case(64, 30.0)
     samples = [Sample(case, 1000, 1.0, cpu_us / 1e3, 0.5, 0.001) for cpu_us in (30.0, 50.0, 40.0)]
     (line,) = table(samples).splitlines()[1:]
-    assert line.split() == ["64", "16", "1000", "40.0", "30.0-50.0", "2560", "50%", "1000", "1000", "3"]
+    assert line.split() == ["64", "16", "1000", "40.0", "30.0-50.0", "2560", "50%", "920", "1000", "3"]
+
+
+def test_a_request_is_what_a_short_one_costs_without_its_tokens() -> None:
+    sample = Sample(Case(64, 30.0), num_tokens=1000, window_s=1.0, cpu_s=0.040, user_share=0.5, short_s=0.0005)
+    assert sample.us_per_token == pytest.approx(40.0)
+    assert sample.us_per_request == pytest.approx(500.0 - 2 * 40.0)
 
 
 def test_every_file_on_a_tokens_way_has_its_area() -> None:

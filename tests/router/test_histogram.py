@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Histogram, disable_created_metrics, generate_latest
 
-from router.histogram import TokenHistogram
+from router.histogram import PlainHistogram
 
 BOUNDS = (0.001, 0.0025, 0.1, 1, 10)
 VALUES = st.lists(st.one_of(st.floats(0, 20), st.sampled_from([0.0, *map(float, BOUNDS)])), max_size=40)
@@ -17,7 +17,7 @@ def test_every_sample_is_the_same(values: list[float]) -> None:
     disable_created_metrics()  # type: ignore[no-untyped-call]
     theirs, ours = CollectorRegistry(), CollectorRegistry()
     reference = Histogram("gap_seconds", "A gap.", ("model_name",), buckets=BOUNDS, registry=theirs).labels("m")
-    histogram = TokenHistogram("gap_seconds", "A gap.", {"model_name": "m"}, BOUNDS)
+    histogram = PlainHistogram("gap_seconds", "A gap.", {"model_name": "m"}, BOUNDS)
     ours.register(histogram)
     for value in values:
         reference.observe(value)
@@ -26,7 +26,7 @@ def test_every_sample_is_the_same(values: list[float]) -> None:
 
 
 def test_it_keeps_counting_between_two_reads() -> None:
-    histogram = TokenHistogram("gap_seconds", "A gap.", {"model_name": "m"}, BOUNDS)
+    histogram = PlainHistogram("gap_seconds", "A gap.", {"model_name": "m"}, BOUNDS)
     registry = CollectorRegistry()
     registry.register(histogram)
     for expected in (1.0, 2.0):
