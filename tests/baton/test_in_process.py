@@ -6,6 +6,7 @@ import asyncio
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ import pytest_asyncio
 from baton import LLM, AsyncLLM, SamplingParams, StructuredOutputsParams
 from baton.async_llm import Prompt, new_request
 from baton.in_process import configure
+from engine.kv_cache import KVCache
+from engine.loading import LoadedModel
 from protocol.errors import (
     ConfigError,
     ContextTooLong,
@@ -291,3 +294,19 @@ def test_importing_baton_loads_nothing_heavy() -> None:
     assert done.returncode == 0
     with pytest.raises(ImportError):
         from baton import nothing_of_the_kind  # noqa: F401
+
+
+def test_a_closed_engine_gives_its_memory_back(cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[object]] = []
+    new_kv_cache = LoadedModel.new_kv_cache
+
+    def noted(model: LoadedModel) -> KVCache:
+        made.append(weakref.ref(model.decoder))
+        made.append(weakref.ref(cache := new_kv_cache(model)))
+        return cache
+
+    monkeypatch.setattr(LoadedModel, "new_kv_cache", noted)
+    with LLM("smollm2", cache_dir=str(cache_dir), **OPTIONS) as llm:
+        llm.generate(FRANCE, GREEDY)
+        assert made and all(one() is not None for one in made)
+    assert not [one() for one in made if one() is not None]
