@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import operator
 import random
 import secrets
@@ -145,7 +146,12 @@ class AsyncLLM:
         await asyncio.shield(self._starting)
 
     async def close(self) -> None:
-        """End what still runs and let go of everything; idempotent."""
+        """End what still runs and give everything back, memory too; idempotent."""
+        await self.end()
+        gc.collect()
+
+    async def end(self) -> None:
+        """As `close`, but leave memory to the garbage collector: at an interpreter's end nobody has time for it."""
         if self._starting is not None:
             self._starting.cancel()
             await asyncio.gather(self._starting, return_exceptions=True)

@@ -204,12 +204,8 @@ class InProcess:
         if router is not None:
             await router.close()
         self._router = self._workers = self._compute = self._running = None
-        if compute is not None:
-            del router, workers, compute, running
-            # Weights and KV pool hang in cycles, and the compute thread froze what was there when it began: without
-            # this a program that opens one engine after another would keep the memory of all.
-            gc.unfreeze()
-            gc.collect()
+        # The compute thread froze what was there when it began: weights and pool hang in cycles, and never go.
+        gc.unfreeze()
 
     def leave(self) -> None:
         """Close soon, whoever is asking, on whatever thread: nobody can reach it any more."""

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import sys
 import threading
@@ -65,8 +66,9 @@ class LLM:
         self.close()
 
     def close(self) -> None:
-        """End what still runs and let go of everything; idempotent."""
+        """End what still runs and give everything back, memory too; idempotent."""
         self._finalizer()
+        gc.collect()
 
     def generate(
         self,
@@ -222,7 +224,7 @@ def _end(engine: AsyncLLM, thread: LoopThread) -> None:
 
 def _close(engine: AsyncLLM, thread: LoopThread) -> None:
     try:
-        thread.run(engine.close())
+        thread.run(engine.end())
     finally:
         thread.stop()
 

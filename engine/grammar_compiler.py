@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from engine.grammar import CompiledGrammar, GrammarBackend, GrammarBudgets, GrammarLanes, GrammarState, Pace
-from engine.grammar_threads import HELD_UP_S, GrammarThreads
+from engine.grammar_threads import HELD_UP_S, GrammarThreads, start_waited_for
 from protocol.errors import ConfigError, GrammarError, GrammarUnavailable
 from protocol.request import Grammar, SamplingParams
 from protocol.vocabulary import TokenBytes
@@ -57,7 +56,7 @@ class GrammarCompiler:
         self._threads = GrammarThreads()
         self._lanes = GrammarLanes()
         self._backend: Future[GrammarBackend] = Future()
-        threading.Thread(target=_fulfil, args=(self._backend, self._open), name="vocabulary", daemon=True).start()
+        start_waited_for(partial(_fulfil, self._backend, self._open), "vocabulary")
         self._kept: OrderedDict[Grammar, Future[CompiledGrammar]] = OrderedDict()
         self._num_waiting = 0
 

@@ -2,7 +2,7 @@
 
     made, lazily zeroed ──► populating, block 0 first ──► whole
                                  ├── too little memory is left on this machine ──► left as it is
-                                 └── the pool is gone ──► ended
+                                 └── the pool is gone, or the process ends ──► ended
 
 A page that is touched first by a step, a transfer or a prompt makes it wait until the page has been zeroed. So a thread
 of the lowest priority touches them all, in the order in which a pool gives its blocks out: it takes what the core has
@@ -11,6 +11,7 @@ left, and keeps ahead of prompts on a busy one too. Nothing waits for it, start-
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import threading
@@ -53,9 +54,8 @@ def keep_ahead(
         kept_bytes: how much of it is left alone.
     """
     work = _Populating(weakref.ref(memory), memory.nbytes, available_bytes or available_memory, kept_bytes)
-    thread = threading.Thread(target=work.run, name="populate", daemon=True)
-    thread.start()
-    return thread
+    work.thread.start()
+    return work.thread
 
 
 class _Populating:
@@ -66,10 +66,26 @@ class _Populating:
         self._num_bytes = num_bytes
         self._available = available
         self._kept_bytes = kept_bytes
+        self._is_over = False
+        self.thread = threading.Thread(target=self._run, name="populate", daemon=True)
 
-    def run(self) -> None:
+    def _run(self) -> None:
+        # A thread that is in native code while the interpreter is torn down takes the process with it.
+        atexit.register(self._stop)
+        try:
+            self._populate()
+        finally:
+            atexit.unregister(self._stop)
+
+    def _stop(self) -> None:
+        self._is_over = True
+        self.thread.join()
+
+    def _populate(self) -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         for start in range(0, self._num_bytes, HUGE_PAGE_BYTES):
+            if self._is_over:
+                return
             if start % _LOOK_EVERY_BYTES == 0 and self._available() - _LOOK_EVERY_BYTES < self._kept_bytes:
                 done_mib, all_mib = start >> 20, self._num_bytes >> 20
                 log.info("%d of %d MiB of the KV pool are touched ahead of use: memory is short", done_mib, all_mib)
