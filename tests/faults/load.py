@@ -171,6 +171,10 @@ class ClosedLoop:
         """Begin no more streams."""
         self._is_ending = True
 
+    def begin_no_more(self) -> None:
+        """Let the run that goes on end with the streams that are running."""
+        self._num_left = 0
+
     def forget_ended(self, before_s: float) -> None:
         """Drop records of streams that ended before this moment."""
         self.ended = [record for record in self.ended if record.ended_s >= before_s]

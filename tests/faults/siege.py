@@ -1,10 +1,11 @@
 """Siege: two tenants ask, workers die, and a third tenant means no good; what that costs the other two.
 
 1. Peace: a large tenant keeps some streams running and floods the server now and then; a small one asks one request
-   after the other; a random fault every few seconds (`soak.py`).
-2. Siege: the same, and beside it hostile grammars, answers that nobody reads and clients that leave (`besiegers.py`).
-3. Turns alternate, so that whatever else the machine does falls on both; floods and kills do so anyhow. What is
-   measured is what the hostile clients cost.
+   after the other; a third one asks for this and that; a random fault every few seconds (`soak.py`).
+2. Siege: the same, and the third tenant's clients are hostile: the worst grammars, answers that nobody reads, clients
+   that leave (`besiegers.py`).
+3. Turns alternate, so that whatever else the machine does falls on both; floods, kills and load do so anyhow. What is
+   measured is what hostility costs.
 4. Every stream of the two tenants, in either phase, must say what it said when asked alone, and end once. The small
    tenant is never refused. Every hostile request ends in a way that it may end.
 5. At the end nothing is held; router, supervisor and the spared workers have lived through all, and what they take has
@@ -35,16 +36,16 @@ from tests.faults.load import ClosedLoop, Tally, bound, draw_pool, percentile
 from tests.faults.phases import Cluster
 from tests.faults.soak import LASTING, Nemesis
 
-LARGE, SMALL, HOSTILE = "large", "small", "hostile"
+LARGE, SMALL, THIRD = "large", "small", "third"
 STALL_S = 4.0
 WIDTH = 4
 NUM_FLOOD = 16
 FLOOD_EVERY_S = 8.0
-REQUESTS_PER_TURN = 250
+REQUESTS_PER_TURN = 400
 # Who is refused comes back when it was told to, so often and after at most so long.
 MAX_REFUSALS, LONGEST_REFUSAL_S = 20, 10.0
 # Of what is asked in a siege, so much more is asked in peace.
-PEACE_SHARE = 0.2
+PEACE_SHARE = 0.25
 ITL_TARGET = 1.3
 SMALL_P95_TARGET_S = 2.0
 SMALL_LONGEST_S = 20.0
@@ -141,7 +142,7 @@ def bearer(tenant: str) -> dict[str, str]:
 def options(folder: Path) -> list[str]:
     """Return what the server of a siege needs: a file of keys, and little patience with who does not read."""
     keys = folder / "keys.txt"
-    keys.write_text("".join(f"{key_of(tenant)} {tenant}\n" for tenant in (LARGE, SMALL, HOSTILE)))
+    keys.write_text("".join(f"{key_of(tenant)} {tenant}\n" for tenant in (LARGE, SMALL, THIRD)))
     return [f"--api-key-file={keys}", f"--client-stall-s={STALL_S}"]
 
 
@@ -201,7 +202,7 @@ class Siege:
         self._ledgers = ledgers
         self._oracles = oracles
         self._dice = random.Random(f"siege {seed}")
-        self._phase = self.report.peace
+        self._phase, self._num_wanted = self.report.peace, 0
         self._others = Tally()
         self._next_flood_s = time.monotonic()
         large = ledgers[LARGE]
@@ -211,16 +212,15 @@ class Siege:
         self.report.kinds = self._nemesis.kinds
 
     async def run(self, num_requests: int, tell: Callable[[str], None]) -> SiegeReport:
-        """Alternate turns until the large tenant alone has asked `num_requests` in sieges; leave the cluster whole."""
+        """Alternate turns until `num_requests` of the two tenants have ended in sieges; leave the cluster whole."""
         begin_s, report = time.monotonic(), self.report
         report.faults += await self._cluster.aftermath()
         num_turns = max(1, round(num_requests / REQUESTS_PER_TURN))
-        edges = [number * num_requests // num_turns for number in range(num_turns + 1)]
         striking = asyncio.create_task(self._nemesis.run())
         for number in range(num_turns):
-            num_asked = edges[number + 1] - edges[number]
-            await self._turn(max(1, round(PEACE_SHARE * num_asked)), report.peace)
-            await self._turn(num_asked, report.siege)
+            num_wanted = (number + 1) * num_requests // num_turns
+            await self._turn(max(1, round(PEACE_SHARE * num_wanted)), report.peace)
+            await self._turn(num_wanted, report.siege)
             tell(
                 f"turn {number + 1} of {num_turns}, {time.monotonic() - begin_s:.0f} s: in peace "
                 f"{report.peace.summary()}; besieged {report.siege.summary()}; {report.ends.counts.total()} hostile, "
@@ -254,26 +254,35 @@ class Siege:
         report.faults += report.watch.faults
         report.took_s = time.monotonic() - begin_s
 
-    async def _turn(self, num_requests: int, phase: Phase) -> None:
-        """Let both tenants ask, beside hostile ones in a siege, until the large one has asked so many."""
-        begin_s, is_over, self._phase = time.monotonic(), asyncio.Event(), phase
-        watching = None
+    async def _turn(self, num_wanted: int, phase: Phase) -> None:
+        """Let all tenants ask until so many streams of the two have ended in turns of this kind."""
+        begin_s, is_over, is_siege = time.monotonic(), asyncio.Event(), phase is self.report.siege
+        self._phase, self._num_wanted = phase, num_wanted
+        third = Besiegers(
+            self._ledgers[THIRD],
+            self._cluster.server.url,
+            key_of(THIRD),
+            STALL_S,
+            random.Random(self._dice.random()),
+            self.report.ends if is_siege else None,
+        )
+        watching = asyncio.create_task(self._watch()) if is_siege else None
         async with asyncio.TaskGroup() as beside:
             beside.create_task(self._ask_little(is_over))
             beside.create_task(self._flood(is_over))
-            if phase is self.report.siege:
-                url, dice = self._cluster.server.url, random.Random(self._dice.random())
-                hostile = Besiegers(self._ledgers[HOSTILE], url, key_of(HOSTILE), dice, self.report.ends)
-                beside.create_task(hostile.run(is_over.is_set))
-                watching = asyncio.create_task(self.report.watch.run(self._cluster, lambda: phase.num_streams))
-            await self._loop.run(num_requests)
+            beside.create_task(third.run(is_over.is_set))
+            await self._loop.run(max(0, num_wanted - phase.num_streams))
             is_over.set()
         if watching is not None:
             watching.cancel()
-            (ended,) = await asyncio.gather(watching, return_exceptions=True)
-            if not isinstance(ended, asyncio.CancelledError):
-                self.report.faults.append(f"the watch stopped: {ended!r}")
+            await asyncio.gather(watching, return_exceptions=True)
         phase.took_s += time.monotonic() - begin_s
+
+    async def _watch(self) -> None:
+        try:
+            await self.report.watch.run(self._cluster, lambda: self.report.siege.num_streams)
+        except Exception as error:  # noqa: BLE001  the turn is to end all the same
+            self.report.faults.append(f"the watch stopped: {error!r}")
 
     async def _ask_little(self, is_over: asyncio.Event) -> None:
         """Let the small tenant ask one request after the other."""
@@ -304,6 +313,8 @@ class Siege:
 
     def _note(self, record: Record) -> None:
         self._phase.num_streams += 1
+        if self._phase.num_streams >= self._num_wanted:
+            self._loop.begin_no_more()
         if not record.request.regex:
             gaps = [b - a for a, b in zip(record.times_s, record.times_s[1:], strict=False)]
             self._phase.gaps_s.extend(gaps[NUM_FIRST_GAPS:])
@@ -318,8 +329,8 @@ async def run(
 ) -> SiegeReport:
     """Besiege a server that has the tenants of `options`."""
     url = cluster.server.url
-    async with session(LARGE) as large, session(SMALL) as small, session(HOSTILE) as hostile:
-        ledgers = {tenant: Patient(http, url) for tenant, http in ((LARGE, large), (SMALL, small), (HOSTILE, hostile))}
+    async with session(LARGE) as large, session(SMALL) as small, session(THIRD) as third:
+        ledgers = {tenant: Patient(http, url) for tenant, http in ((LARGE, large), (SMALL, small), (THIRD, third))}
         report = await Siege(cluster, ledgers, oracles, seed).run(num_requests, tell)
         async with large.get(f"{url}/census") as response:
             census = await response.json()

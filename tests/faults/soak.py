@@ -23,6 +23,7 @@ from tests.faults.phases import Cluster
 
 WIDTH = 4
 FAULT_EVERY_S = 5.0
+LEASE_TTL_S = 3.0
 NUM_LEAVING = 5
 KINDS = (*KILL_KINDS, *STOP_KINDS, "disconnects")
 SPARED = frozenset({"decode-0", "prefill-0"})
@@ -93,8 +94,9 @@ class Nemesis:
             await asyncio.sleep(self._dice.uniform(0.5, 1.5) * FAULT_EVERY_S)
 
     async def settle(self) -> None:
-        """Wait until every stopped worker was told to go on."""
+        """Wait until every stopped worker was told to go on, and what it held when it was given up has run out."""
         await self._striker.settle()
+        await asyncio.sleep(LEASE_TTL_S)
 
     async def _leave(self) -> None:
         """A few clients come and leave in the middle."""
