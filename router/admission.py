@@ -32,12 +32,16 @@ class Admission:
     """
 
     def __init__(self, config: RouterConfig, metrics: Metrics) -> None:
-        self._limit = config.max_num_requests
-        self._max_wait_s = config.max_wait_s
+        self.reload(config)
         self._metrics = metrics
         self.places = Shares()
         self.pace = Pace()
         self.reading_pace = Pace()
+
+    def reload(self, config: RouterConfig) -> None:
+        """Take over limits."""
+        self._limit = config.max_num_requests
+        self._max_wait_s = config.max_wait_s
 
     def check(self, client: Client, num_places: int, is_readout: bool, admitting: Shares | None) -> None:
         """Refuse a client that wants so many places, or do nothing.

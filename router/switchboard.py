@@ -292,13 +292,16 @@ class Switchboard:
 
     @contextmanager
     def answering(self, num_places: int = 1) -> Iterator[None]:
-        """Hold places for an answer until its client has it."""
+        """Hold places for an answer until its client, that of the running task, has it."""
+        client = current().client
         self._num_answering += num_places
+        self._admission.places.take(client, num_places)
         self.idle.clear()
         try:
             yield
         finally:
             self._num_answering -= num_places
+            self._admission.places.give(client, num_places)
             if not self.num_requests:
                 self.idle.set()
 
@@ -422,6 +425,7 @@ class Switchboard:
     def reload(self, config: RouterConfig) -> None:
         """Take over limits, and the deadlines of prompts that come from now on."""
         self._config = config
+        self._admission.reload(config)
 
     def abandon(self) -> None:
         """Fail whatever is unfinished: the router ends."""

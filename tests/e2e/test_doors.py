@@ -89,7 +89,7 @@ def test_strangers_cost_no_process_memory_at_any_door(disaggregated: Server) -> 
     assert len(doors) >= 5, doors  # clients, control; peer, admin; admin
     said = ask(disaggregated)["choices"]
     for pid, port in doors:
-        before = peak = rss(pid)
+        before = peak = settled_rss(pid)
         with contextlib.ExitStack() as held:
             for path in ("/control", "/peer", "/census"):
                 for _ in range(NUM_STRANGERS // 3):
@@ -138,6 +138,17 @@ def knock(port: int, path: str) -> socket.socket:
     with contextlib.suppress(OSError):
         stranger.sendall(head.encode() + struct.pack("!BBQ", 0x82, 0xFF, 8 << 20) + bytes(1 << 20))
     return stranger
+
+
+def settled_rss(pid: int) -> int:
+    """Return what a process takes once its KV pool has been touched ahead of use."""
+    before = -1
+    for _ in range(80):
+        if (now := rss(pid)) == before:
+            return now
+        before = now
+        time.sleep(0.25)
+    raise AssertionError(f"the memory of process {pid} does not settle")
 
 
 def rss(pid: int) -> int:

@@ -267,7 +267,7 @@ async def test_a_client_that_leaves_just_before_the_head_is_told_in_one_line(
     with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
         await answered(stage, head(f"Content-Length: {len(body)}") + body)
     await playing
-    await stage.until(lambda: any("left before" in record.getMessage() for record in caplog.records))
+    await stage.until(lambda: any("connection ended" in record.getMessage() for record in caplog.records))
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR or record.exc_info]
 
 

@@ -21,7 +21,7 @@ from tests.router.tiny import byte_level_gguf
 from tests.router.workers import CHAT, HI, staged
 
 A, B, C = (Grammar(kind=GrammarKind.REGEX, text=text) for text in "abc")
-OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGXCPU)
+OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGXCPU)  # SIGHUP they pass over
 
 
 @pytest_asyncio.fixture
