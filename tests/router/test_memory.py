@@ -25,7 +25,8 @@ NUM_WARM, NUM_LEAVERS, NUM_AT_ONCE = 200, 600, 12
 STEP_S, STEPS_PER_BEAT = 0.002, 20
 STORM_BUDGET_S = 60.0
 # New peaks that allocators keep, and CPython's own caches of names, of fixed size.
-MAX_BYTES_PER_LEAVER = 40
+# In company of other tests the caches of the process itself take some 40; what this is to find took 433.
+MAX_BYTES_PER_LEAVER = 80
 END_OF_EVENT = b"\n\n"
 
 
