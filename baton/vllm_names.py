@@ -70,7 +70,7 @@ _WORKERS: Final = "a model lies on one device; more of them work side by side wi
 _LORA: Final = "adapters are not supported: merge them into the weights"
 _CODE: Final = "no code out of a model's folder is ever run, and none is needed: leave it out"
 _TLS: Final = "the server speaks plain HTTP: put a proxy that speaks TLS in front of it"
-_LOGGED: Final = "what is logged is for --log-level to say"
+_LOGGED: Final = "requests have a line each by --access-log (text, json or off); the rest is for --log-level to say"
 _SPLIT: Final = "prefill and decode are split anyway: --prefill N, --decode N, and --kv-staging for the way of the KV"
 
 ELSEWHERE: Final[dict[str, Elsewhere]] = {

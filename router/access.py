@@ -96,10 +96,6 @@ class Access:
         """Whether everybody may ask."""
         return not self._fixed and not self._paths
 
-    def tenant_of(self, authorization: str | None) -> str:
-        """Return the tenant of a request, as `client_of` does."""
-        return self.client_of(authorization, None).tenant
-
     def client_of(self, authorization: str | None, address: str | None) -> Client:
         """Return whose request it is; the tenant "" is that of keys without one, and of everybody without keys.
 

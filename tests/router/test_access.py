@@ -39,17 +39,22 @@ def bearer(key: str) -> dict[str, str]:
 
 def test_without_keys_everybody_may_ask() -> None:
     access = Access((), (), Clock())
-    assert access.is_open and access.tenant_of(None) == "" and access.salt("", "x") == "x"
+    assert access.is_open and access.client_of(None, None).tenant == "" and access.salt("", "x") == "x"
 
 
 def test_a_key_is_needed_and_names_its_tenant(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text("# ours\nk1 alice\n\n  k2\tbob  \nk3\n")
     access = Access(("k0",), (str(file),), Clock())
-    assert [access.tenant_of(f"bearer {key}") for key in ("k0", "k1", "k2", "k3")] == ["", "alice", "bob", ""]
+    assert [access.client_of(f"bearer {key}", None).tenant for key in ("k0", "k1", "k2", "k3")] == [
+        "",
+        "alice",
+        "bob",
+        "",
+    ]
     for given in (None, "", "k1", "Bearer", "Bearer ", "Bearer k", "Bearer k1 k2", "Basic k1", "Bearer \udcff"):
         with pytest.raises(Unauthorized):
-            access.tenant_of(given)
+            access.client_of(given, None)
 
 
 def test_a_line_of_the_file_may_grant_a_priority_and_a_weight(tmp_path: Path) -> None:
@@ -99,17 +104,17 @@ def test_a_file_is_read_again_when_it_changes(tmp_path: Path, caplog: pytest.Log
     file.write_text("old\n")
     access = Access((), (str(file),), clock)
     file.write_text("new tenant\n")
-    assert access.tenant_of("Bearer old") == "", "not within a second"
+    assert access.client_of("Bearer old", None).tenant == "", "not within a second"
     clock.now_s = 2.0
-    assert access.tenant_of("Bearer new") == "tenant"
+    assert access.client_of("Bearer new", None).tenant == "tenant"
     with pytest.raises(Unauthorized):
-        access.tenant_of("Bearer old")
+        access.client_of("Bearer old", None)
     file.write_text("two words too many secret\n")
     clock.now_s = 4.0
-    assert access.tenant_of("Bearer new") == "tenant", "a broken file changes nothing"
+    assert access.client_of("Bearer new", None).tenant == "tenant", "a broken file changes nothing"
     file.unlink()
     clock.now_s = 6.0
-    assert access.tenant_of("Bearer new") == "tenant"
+    assert access.client_of("Bearer new", None).tenant == "tenant"
     assert len(caplog.records) == 2 and "secret" not in caplog.text
 
 
@@ -292,4 +297,4 @@ def test_the_clock_of_files_is_the_kernels(tmp_path: Path) -> None:
     access = Access((), (str(file),), clock)
     os.utime(file, ns=(1, 1))
     clock.now_s = 2.0
-    assert access.tenant_of("Bearer one") == "", "a touched file is read again, and says the same"
+    assert access.client_of("Bearer one", None).tenant == "", "a touched file is read again, and says the same"
