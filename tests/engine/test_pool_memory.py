@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from engine.kv_cache import KVCache
-from engine.pool_memory import KEPT_FREE_BYTES, available_memory, keep_ahead
+from engine.pool_memory import keep_ahead, spare_memory
 from kernels.cpu.huge_pages import HUGE_PAGE_BYTES, huge_bytes, populate
 from protocol.kv_layout import KVFingerprint
 
@@ -58,7 +58,7 @@ def test_what_is_written_while_the_thread_works_stays() -> None:
 @needs_populate
 def test_the_thread_stops_where_memory_is_short_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     memory = huge_bytes(256 * MIB)
-    left = iter([PLENTY, PLENTY, KEPT_FREE_BYTES])
+    left = iter([PLENTY, PLENTY, 63 * MIB])
     with caplog.at_level("INFO"):
         keep_ahead(memory, lambda: next(left)).join()
     assert "128 of 256 MiB of the KV pool are touched ahead of use" in caplog.text
@@ -71,12 +71,12 @@ def test_the_thread_stops_where_memory_is_short_and_says_so(caplog: pytest.LogCa
 def test_the_thread_ends_when_the_pool_is_gone() -> None:
     gate = threading.Event()
 
-    def available() -> int:
+    def spare() -> int:
         gate.wait(10)
         return PLENTY
 
     memory = huge_bytes(64 * MIB)
-    thread = keep_ahead(memory, available)
+    thread = keep_ahead(memory, spare)
     del memory
     gc.collect()
     gate.set()
@@ -87,11 +87,11 @@ def test_the_thread_ends_when_the_pool_is_gone() -> None:
 def test_the_thread_has_the_lowest_priority() -> None:
     seen: list[int] = []
 
-    def available() -> int:
+    def spare() -> int:
         seen.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
         return 0
 
-    keep_ahead(huge_bytes(HUGE_PAGE_BYTES), available).join()
+    keep_ahead(huge_bytes(HUGE_PAGE_BYTES), spare).join()
     assert seen == [19] and os.getpriority(os.PRIO_PROCESS, 0) < 19
 
 
@@ -111,8 +111,8 @@ def test_the_kv_cache_of_a_cpu_is_backed_ahead() -> None:
 @pytest.mark.parametrize(
     ("files", "expected"),
     [
-        ({}, 8 << 30),
-        ({"proc/self/cgroup": "0::/a\n", "sys/fs/cgroup/a/memory.max": "max\n"}, 8 << 30),
+        ({}, 5 << 30),  # a quarter of 12 GiB stays free
+        ({"proc/self/cgroup": "0::/a\n", "sys/fs/cgroup/a/memory.max": "max\n"}, 5 << 30),
         (
             {
                 "proc/self/cgroup": "3:cpu:/x\n0::/a\n",
@@ -120,7 +120,7 @@ def test_the_kv_cache_of_a_cpu_is_backed_ahead() -> None:
                 "sys/fs/cgroup/a/memory.current": str(2 << 30),
                 "sys/fs/cgroup/a/memory.stat": f"anon 5\ninactive_file {512 << 20}\n",
             },
-            (1 << 30) + (512 << 20),
+            512 << 20,  # 1 GiB stays free
         ),
         (  # a container that sees itself at the top
             {
@@ -129,28 +129,29 @@ def test_the_kv_cache_of_a_cpu_is_backed_ahead() -> None:
                 "sys/fs/cgroup/memory.current": str(1 << 30),
                 "sys/fs/cgroup/memory.stat": "inactive_file 0\n",
             },
-            1 << 30,
+            0,
         ),
         (  # version 1
             {
                 "proc/self/cgroup": "4:cpu,memory:/c\n",
-                "sys/fs/cgroup/memory/c/memory.limit_in_bytes": str(4 << 30),
+                "sys/fs/cgroup/memory/c/memory.limit_in_bytes": str(6 << 30),
                 "sys/fs/cgroup/memory/c/memory.usage_in_bytes": str(1 << 30),
                 "sys/fs/cgroup/memory/c/memory.stat": "total_inactive_file 4096\n",
             },
-            (3 << 30) + 4096,
+            (3 << 30) + (512 << 20) + 4096,
         ),
     ],
 )
-def test_available_memory_is_the_least_of_machine_and_control_groups(
+def test_what_can_be_spared_is_the_least_of_machine_and_control_groups(
     tmp_path: Path, files: dict[str, str], expected: int
 ) -> None:
-    files = {"proc/meminfo": f"MemTotal: 1 kB\nMemAvailable: {8 << 20} kB\n", **files}
+    files = {"proc/meminfo": f"MemTotal: {12 << 20} kB\nMemAvailable: {8 << 20} kB\n", **files}
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert available_memory(tmp_path) == expected
+    assert spare_memory(tmp_path) == expected
 
 
-def test_available_memory_of_this_machine_is_some() -> None:
-    assert available_memory() > 64 * MIB
+def test_a_quarter_of_this_machine_is_never_touched_ahead() -> None:
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 0 <= spare_memory() <= 0.75 * total
