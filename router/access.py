@@ -20,6 +20,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
@@ -107,7 +108,7 @@ class Access:
             Unauthorized: no key, or none that is known.
         """
         if self.is_open:
-            return Client(name=_network(address))
+            return _neighbour(address)
         self._refresh()
         scheme, _, given = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not given:
@@ -194,6 +195,12 @@ def _client(words: list[str]) -> tuple[str, Client]:
         raise ValueError("priority must be a 32-bit number")
     tenant = names[0] if names else ""
     return key, Client(tenant, tenant, weight, priority)
+
+
+@lru_cache(maxsize=1024)
+def _neighbour(address: str | None) -> Client:
+    """Return whose requests come from an address where there are no keys."""
+    return Client(name=_network(address))
 
 
 def _network(address: str | None) -> str:

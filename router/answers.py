@@ -67,8 +67,11 @@ class AnswerWriter:
             status: of the answer.
             headers: without a length.
         """
+        num_left = sum(map(len, parts))
+        if num_left <= SMALL_BYTES:
+            return await self._send_small(request, web.Response(status=status, headers=headers, body=b"".join(parts)))
         response = web.StreamResponse(status=status, headers=headers)
-        response.content_length = num_left = sum(map(len, parts))
+        response.content_length = num_left
         outlet = Outlet(request, response, self._unread)
         try:
             writer = await response.prepare(request)

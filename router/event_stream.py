@@ -7,8 +7,9 @@
        │                                                                   │
        └─ finish ► all is sent                 CUT ◄── nothing was read for `stall_s`, also after the last event
 
-1. `begin` sends the head of the response. 2. `offer` is called for each piece where it arises: no task wakes up and no
-timer is set for a token. 3. A client that does not read holds up its own stream, and nobody else.
+1. The head of the response goes out with its first event, the end of the body with its last one: each write is a call
+of the system. 2. `offer` is called for each piece where it arises: no task wakes up and no timer is set for a token.
+3. A client that does not read holds up its own stream, and nobody else.
 
 What is held for a client is bounded: between PAUSE_BYTES and LIMIT_BYTES is room for what was on its way already;
 only single events that are larger than that (a long prompt echoed) go beyond, and count in `Unread`.
@@ -21,8 +22,9 @@ from collections.abc import Iterable
 from typing import Final, Protocol
 
 from aiohttp import web
+from aiohttp.http import StreamWriter
 
-from router.outlet import GO_ON_BYTES, Outlet, Unread
+from router.outlet import GO_ON_BYTES, KERNEL_UNSENT_BYTES, Outlet, Unread
 from router.shape import Shape
 from router.slices import Slices
 from router.text import Piece
@@ -55,6 +57,11 @@ class Nothing:
         """Nothing will be."""
 
 
+class _Response(web.StreamResponse):
+    # aiohttp's own name for it; its whole responses say the same.
+    _send_headers_immediately = False
+
+
 class EventStream:
     """Writes the events of one answer. Used by its handler, and by the session while the handler waits.
 
@@ -66,12 +73,14 @@ class EventStream:
     """
 
     def __init__(self, request: web.Request, shape: Shape, source: Source, unread: Unread, slices: Slices) -> None:
-        self.response = web.StreamResponse(headers=EVENT_HEADERS)
+        self.response = _Response(headers=EVENT_HEADERS)
         self._request = request
         self._shape = shape
         self._source = source
         self._slices = slices
         self._outlet = Outlet(request, self.response, unread)
+        self._writer: StreamWriter | None = None
+        # None until the head has been sent.
         self._transport: asyncio.WriteTransport | None = None
         self._is_chunked = False
 
@@ -81,13 +90,12 @@ class EventStream:
         return self._outlet.unsent_bytes
 
     async def begin(self) -> None:
-        """Send the head of the response."""
+        """Prepare the head of the response; `write`, `push` or `finish` sends it."""
         writer = await self.response.prepare(self._request)
-        assert writer is not None, "nothing was sent yet"
-        self._is_chunked = self.response.headers.get("Transfer-Encoding") == "chunked"
-        writer.send_headers()
+        assert isinstance(writer, StreamWriter), "nothing was sent yet"
+        self._writer = writer
+        self._is_chunked = writer.chunked
         self._outlet.open(writer)
-        self._transport = self._outlet.transport
 
     def offer(self, index: int, piece: Piece) -> bool:
         """Write a piece at once; False if the client has to be waited for, or is gone: then nothing was done."""
@@ -105,19 +113,26 @@ class EventStream:
     async def write(self, pieces: Iterable[tuple[int, Piece]]) -> None:
         """Write pieces, and wait for the client where too much is unsent. Raises as `settle` does."""
         async for chunks in self._slices.each(self._shape.chunk(index, piece) for index, piece in pieces):
-            self.push(b"".join(chunks))
+            await self.push(b"".join(chunks))
             if self.unsent_bytes > PAUSE_BYTES:
                 self._source.pause()
                 await self.settle(GO_ON_BYTES)
+        if self._transport is None:
+            await self.push(b"")
         self._source.go_on()
 
-    def push(self, data: bytes) -> None:
-        """Write events whatever is unsent.
+    async def push(self, data: bytes) -> None:
+        """Write events whatever is unsent; never waits for the client.
 
         Raises:
             ConnectionError: the client is gone.
         """
-        if data:
+        if self._transport is None:
+            assert self._writer is not None, "it has begun"
+            # Whoever reads slowly is for `settle` to see.
+            await self._writer.write(data, drain=False)
+            self._transport = self._outlet.transport
+        elif data:
             self._outlet.write(b"%x\r\n%b\r\n" % (len(data), data) if self._is_chunked else data)
 
     async def settle(self, max_unsent_bytes: int) -> None:
@@ -126,7 +141,11 @@ class EventStream:
 
     async def finish(self, data: bytes) -> None:
         """Write the last events and wait until all is sent. Raises as `settle` does."""
-        self.push(data)
+        if self.unsent_bytes == 0 and len(data) <= KERNEL_UNSENT_BYTES:
+            # It would wait for the client, unwatched, only beyond the mark of the transport.
+            await self.response.write_eof(data)
+        else:
+            await self.push(data)
         await self._outlet.finish()
 
     def cut(self) -> None:

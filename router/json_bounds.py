@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Final
+from typing import Any, Final
 
 from protocol.errors import InvalidRequest
 
@@ -24,6 +24,8 @@ _REST_OF_STRING: Final = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+){0,512}+', re.DOTA
 _SHORT_STRING: Final = re.compile(rb'"[^"\\]{0,256}+"')
 _SHORT_STRINGS: Final = re.compile(rb'(?:[^"]*+"[^"\\]{0,256}+"){1,1024}+')
 _COLON: Final = re.compile(rb"\s*+:")
+# What Python's own decoder is done with at once; it builds it all to say no more than whether a name stands twice.
+_SMALL_BYTES: Final = 4096
 # More than Python makes a number of.
 _TOO_MANY_DIGITS: Final = b"0" * 4301
 _DIGITS_ALIKE: Final = bytes(0x30 if 0x30 <= byte <= 0x39 else byte for byte in range(256))
@@ -52,6 +54,27 @@ def check_size(body: bytes) -> None:
 
 def check_unique(body: bytes) -> None:
     """Raise InvalidRequest if a name stands twice in one object, or a number has no end; the body must be valid."""
+    if len(body) > _SMALL_BYTES or not _is_unique(body):
+        _check_unique(body)
+
+
+def _is_unique(body: bytes) -> bool:
+    try:
+        _DECODER.decode(body.decode())
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _object_of(pairs: list[tuple[str, Any]]) -> None:
+    if len(dict(pairs)) != len(pairs):
+        raise ValueError("a name stands twice")
+
+
+_DECODER: Final = json.JSONDecoder(object_pairs_hook=_object_of)
+
+
+def _check_unique(body: bytes) -> None:
     objects: list[set[bytes]] = []
     at = 0
     while (found := _MARK.search(body, at)) is not None:

@@ -270,8 +270,9 @@ class KeptStream:
     async def _send(self, stream: EventStream, after: int) -> None:
         while True:
             await self._await_news(stream)
-            if data := self._log.read(after, GO_ON_BYTES):
-                stream.push(data)
+            data = self._log.read(after, GO_ON_BYTES)
+            await stream.push(data)
+            if data:
                 await stream.settle(GO_ON_BYTES)
             if self._unsent_bytes() <= GO_ON_BYTES:
                 self._has_room.set()

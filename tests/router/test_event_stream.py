@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+from aiohttp.http import StreamWriter
 
 from protocol.request import FinishReason, TokenLogprobs, TokenRow
 from protocol.wire import Abort, Reserve, Tokens
@@ -135,8 +136,8 @@ def most_unsent(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         seen.append(stream.unsent_bytes)
         return is_taken
 
-    def pushed(stream: EventStream, data: bytes) -> None:
-        push(stream, data)
+    async def pushed(stream: EventStream, data: bytes) -> None:
+        await push(stream, data)
         seen.append(stream.unsent_bytes)
 
     monkeypatch.setattr(EventStream, "offer", offered)
@@ -249,6 +250,30 @@ async def test_a_client_that_reads_is_written_to_without_waking_its_handler(
         decode.emit(reserve, byte_ids("b" * 40), finish=LENGTH)
         assert len(await events(response)) == 41
     assert (offers.num_taken, offers.num_refused) == (40, 0)
+
+
+async def test_the_head_goes_out_with_the_first_event_and_the_end_with_the_last_one(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefill, decode = await stage.pair()
+    writes, write, write_lines = list[bytes](), StreamWriter._write, StreamWriter._writelines
+
+    def written(writer: StreamWriter, data: bytes) -> None:
+        writes.append(data)
+        write(writer, data)
+
+    def written_lines(writer: StreamWriter, parts: tuple[bytes, ...]) -> None:
+        writes.append(b"".join(parts))
+        write_lines(writer, parts)
+
+    monkeypatch.setattr(StreamWriter, "_write", written)
+    monkeypatch.setattr(StreamWriter, "_writelines", written_lines)
+    asked = asyncio.create_task(_raw(stage, {**HI, "stream": True}))
+    await answer(prefill, decode, "abc", LENGTH)
+    await _rest(await asked)
+    events = [data for data in writes if b"data: " in data]
+    assert len(events) == 2 and writes == events, writes
+    assert events[0].startswith(b"HTTP/1.1 200") and events[1].endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
 
 
 async def test_a_client_of_http_1_0_gets_events_without_chunks(stage: Stage) -> None:

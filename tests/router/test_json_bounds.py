@@ -115,9 +115,10 @@ def test_both_looks_agree_with_a_reader_of_json() -> None:
 
         json.loads(body, object_pairs_hook=seen)
         found[is_unique] += 1
-        try:
-            check_unique(body.encode())
-            assert is_unique, body
-        except InvalidRequest:
-            assert not is_unique, body
+        for padding in (0, 5000):  # small bodies and others are looked at in different ways
+            try:
+                check_unique(body.encode() + b" " * padding)
+                assert is_unique, body
+            except InvalidRequest:
+                assert not is_unique, body
     assert min(found.values()) > 150
