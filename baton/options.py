@@ -379,7 +379,8 @@ def _transfer() -> tuple[Option, ...]:
         ),
         Option(
             name="slot-bytes", group=group, roles=roles, parse=whole, unit="bytes",
-            fills=((TransferConfig, "slot_bytes"),), help="Size of a staging slot, the largest piece sent.",
+            fills=((TransferConfig, "slot_bytes"),), default_text="4 MiB on a GPU, 1 MiB on a CPU",
+            help="Size of a staging slot, the largest piece sent.",
         ),
         Option(
             name="num-slots", group=group, roles=roles, parse=whole, unit="slots",

@@ -25,7 +25,6 @@ from dataclasses import dataclass, field, replace
 
 from kvtransfer.config import TransferConfig
 from kvtransfer.linking import Linking
-from kvtransfer.pieces import require_slot_holds_layer
 from kvtransfer.slots import Slots, SlotStore
 from kvtransfer.stats import TransferStats
 from kvtransfer.tombstones import Ending, Tombstones
@@ -105,7 +104,6 @@ class ReceiveSide:
     ) -> None:
         self._layer_bytes = region.fingerprint.layer_bytes
         self._num_layers = region.fingerprint.num_layers
-        require_slot_holds_layer(config.slot_bytes, self._layer_bytes)
         self._region = region
         self._config = config
         self._on_complete = on_complete
@@ -113,7 +111,7 @@ class ReceiveSide:
         self._on_links = on_links
         self._on_broken = on_broken
         self.on_begin: Callable[[str, int], None] = lambda _sender_id, _transfer_id: None
-        self._store = SlotStore(region, config)
+        self._store = SlotStore(region, config, layer_bytes=self._layer_bytes)
         self._linking = Linking(transport, replace(identity, slots=self._store), self._attach, on_broken)
         self._stats = TransferStats()
         self._links: dict[str, _Link] = {}
@@ -206,7 +204,7 @@ class ReceiveSide:
         link = self._links[endpoint.peer_id] = _Link(endpoint, slots)
         log.info("prefill worker %s: into slots in %s memory", endpoint.peer_id, endpoint.agreement.kind)
         tags = tuple(self._post_receive(link, slot) for slot in slots.borrow(self._config.num_slots))
-        endpoint.post(Credit(tags=tags, slot_bytes=self._config.slot_bytes))
+        endpoint.post(Credit(tags=tags, slot_bytes=self._store.slot_bytes))
         self._spawn(self._read(link))
         self._on_links()
 
@@ -275,7 +273,7 @@ class ReceiveSide:
         if posted is None or posted.header is not None:
             raise ProtocolError("PIECE under a tag that awaits none")
         num_bytes = piece.num_blocks * piece.num_layers * self._layer_bytes
-        if piece.num_bytes != num_bytes or not 0 < num_bytes <= self._config.slot_bytes:
+        if piece.num_bytes != num_bytes or not 0 < num_bytes <= self._store.slot_bytes:
             raise ProtocolError(f"PIECE of {piece.num_bytes} bytes, {num_bytes} by its shape")
         posted.header = piece
         if posted.is_filled:
@@ -331,7 +329,7 @@ class ReceiveSide:
             link.slots.give(slot)
         else:
             tag = self._post_receive(link, slot)
-            link.endpoint.post(Credit(tags=(tag,), slot_bytes=self._config.slot_bytes))
+            link.endpoint.post(Credit(tags=(tag,), slot_bytes=self._store.slot_bytes))
 
     def _write(self, link: _Link, piece: Piece, slot: Buffer) -> None:
         transfer = self._own(link, piece.transfer_id)

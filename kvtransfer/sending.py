@@ -95,12 +95,11 @@ class SendSide:
     ) -> None:
         self._layer_bytes = region.fingerprint.layer_bytes
         self._num_layers = region.fingerprint.num_layers
-        require_slot_holds_layer(config.slot_bytes, self._layer_bytes)
         self._region = region
         self._config = config
         self._on_ended = on_ended
         self._on_broken = on_broken
-        self._store = SlotStore(region, config, config.num_slots)
+        self._store = SlotStore(region, config, config.num_slots, self._layer_bytes)
         self._stats = TransferStats()
         self._peers: dict[str, _Peer] = {}
         self._transfers: dict[int, _Outgoing] = {}
@@ -340,7 +339,7 @@ class SendSide:
         return None
 
     def _send_piece(self, peer: _Peer, transfer: _Outgoing) -> None:
-        cells = cut(transfer.ranges, min(peer.slot_bytes, self._config.slot_bytes) // self._layer_bytes)
+        cells = cut(transfer.ranges, min(peer.slot_bytes, self._store.slot_bytes) // self._layer_bytes)
         slot, tag = peer.slots.take(), peer.credits.popleft()
         assert slot is not None
         payload = slot[: cells.num_blocks * cells.num_layers * self._layer_bytes]

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 
-from kvtransfer.config import TransferConfig
+from kvtransfer.config import DEVICE_SLOT_BYTES, HOST_SLOT_BYTES, TransferConfig
+from kvtransfer.pieces import require_slot_holds_layer
 from protocol.errors import ConfigError, TransferError
 from protocol.kv_layout import SlotBuffer, SlotKind, SlotMemory, Staging
 
@@ -73,16 +74,19 @@ class SlotStore:
         memory: makes them.
         config: their size, and whether device memory may be used, must be used, or not.
         num_slots: slots of the preferred kind to begin with.
+        layer_bytes: of one layer of one block, the smallest piece.
 
     Raises:
-        ConfigError: device memory must be used and cannot be had.
+        ConfigError: device memory must be used and cannot be had, or the smallest piece does not fit a slot.
     """
 
-    def __init__(self, memory: SlotMemory, config: TransferConfig, num_slots: int = 0) -> None:
+    def __init__(self, memory: SlotMemory, config: TransferConfig, num_slots: int = 0, layer_bytes: int = 0) -> None:
         if config.kv_staging == "device" and memory.slot_kind == "host":
             raise ConfigError("kv_staging: device was asked for, but the KV blocks are in host memory")
         self.memory = memory
-        self.slot_bytes = config.slot_bytes
+        default_bytes = HOST_SLOT_BYTES if memory.slot_kind == "host" else DEVICE_SLOT_BYTES
+        self.slot_bytes = config.slot_bytes or max(default_bytes, layer_bytes)
+        require_slot_holds_layer(self.slot_bytes, layer_bytes)
         self.staging: Staging = config.kv_staging if memory.slot_kind != "host" else "host"
         self._pools: dict[SlotKind, Slots] = {}
         try:

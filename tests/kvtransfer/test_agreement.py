@@ -109,6 +109,13 @@ def test_slots_of_a_store_lie_where_staging_says() -> None:
         TransferConfig(kv_staging="gpu")  # type: ignore[arg-type]
 
 
+def test_slots_are_as_large_as_the_memory_of_the_blocks_allows_unless_somebody_says() -> None:
+    host, device = HostSlots(), DeviceRegion(fingerprint(), 2)
+    for memory, layer_bytes, expected in ((host, 4096, 1 << 20), (host, 3 << 20, 3 << 20), (device, 4096, 4 << 20)):
+        assert SlotStore(memory, TransferConfig(), layer_bytes=layer_bytes).slot_bytes == expected
+    assert SlotStore(device, TransferConfig(slot_bytes=8192), layer_bytes=8192).slot_bytes == 8192
+
+
 def test_borrowed_slots_are_free_ones_first_and_stay_for_the_next() -> None:
     pool = SlotStore(DeviceRegion(fingerprint(), 2), TransferConfig(slot_bytes=4096)).pool("cuda")
     borrowed = pool.borrow(3)
