@@ -13,6 +13,7 @@ import pytest
 
 from tests.e2e.server import Server
 from tests.faults import bits
+from tests.faults.heap import MUTATION, Heap, written_to
 from tests.faults.ledger import Ledger, Record, Request
 from tests.faults.mutated import busy_pid, flips, mutated, on, until_idle
 from tests.faults.phases import Cluster
@@ -45,6 +46,19 @@ def test_flipped_bits_are_all_found_and_no_stream_notices(
 
         on(server, ask)
     assert reports[0].faults == [] and reports[0].num_found >= 20
+
+
+def test_the_heap_of_a_router_tells_where_it_grows(tmp_path: Path, cache_dir: Path) -> None:
+    with written_to(tmp_path / "heap"), mutated(tmp_path, cache_dir, MUTATION, "--num-kv-blocks", "200") as server:
+        heap = Heap(tmp_path / "heap", server.children()["router"])
+
+        async def ask(_: aiohttp.ClientSession, ledger: Ledger) -> None:
+            await heap.look(0)
+            assert (await ledger.stream(Request("one", 3, 0.0, 0))).num_ends == 1
+            await heap.look(1)
+
+        on(server, ask)
+    assert len(list((tmp_path / "heap").iterdir())) == 2
 
 
 def test_without_checksums_flipped_bits_are_not_found_and_change_tokens(

@@ -186,10 +186,10 @@ def heap_profile(module: Any) -> None:
         tracemalloc.take_snapshot().dump(f"{path}.part")
         os.replace(f"{path}.part", path)
 
-    async def run_traced(config: Any) -> int:
+    async def run_traced(*arguments: Any) -> int:
         tracemalloc.start(TRACED_FRAMES)
         asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, dump)
-        code: int = await run(config)
+        code: int = await run(*arguments)
         return code
 
     module.run = run_traced
