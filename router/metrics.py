@@ -86,8 +86,10 @@ class Metrics:
         self._aliases.append(("vllm:request_success", success))
         self._failed = Counter("baton_request_failed", "Accepted requests that ended otherwise.", ("reason",),
                                registry=self._registry)  # fmt: skip
-        for reason in ("not_ready", "placements", "cancelled", "grammar"):
+        for reason in ("not_ready", "placements", "grammar"):
             self._failed.labels(reason)
+        self._cancelled = Counter("baton_request_cancelled", "Accepted requests whose clients left before the end.",
+                                  registry=self._registry)  # fmt: skip
         self._grammars = Counter("baton_grammar_failures", "Answers whose grammar failed while they were written.",
                                  registry=self._registry)  # fmt: skip
         self._stale = Counter("baton_stale_tokens", "Tokens of placements and workers given up, which were dropped.",
@@ -182,8 +184,8 @@ class Metrics:
         self._failed.labels("grammar").inc()
 
     def cancelled(self) -> None:
-        """Count a choice whose client left."""
-        self._failed.labels("cancelled").inc()
+        """Count a choice whose client left: no failure."""
+        self._cancelled.inc()
 
     def shed(self) -> None:
         """Count a request answered with 429."""

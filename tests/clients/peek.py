@@ -28,7 +28,7 @@ class Peek:
 
     def num_cancelled(self) -> float:
         """Return how many accepted requests ended because their client left."""
-        found = re.findall(r'^baton_request_failed_total\{reason="cancelled"\} (\S+)$', self.read("/metrics"), re.M)
+        found = re.findall(r"^baton_request_cancelled_total (\S+)$", self.read("/metrics"), re.M)
         return sum(map(float, found))
 
     def is_idle(self) -> bool:
