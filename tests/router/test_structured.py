@@ -103,6 +103,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"structured_outputs": {"json": "no json"}}, "structured_outputs"),
     ({"structured_outputs": {"json": "[" * 100_000}}, "structured_outputs"),
     ({"structured_outputs": {"json": '"text"'}}, "structured_outputs"),
+    ({"structured_outputs": {"json": '{"type": "object", "type": "string"}'}}, "structured_outputs"),
+    ({"guided_json": '{"enum": [{"a": 1, "\\u0061": 2}]}'}, "guided_json"),
     ({"structured_outputs": {"choice": []}}, "structured_outputs"),
     ({"structured_outputs": {"choice": [""]}}, "structured_outputs"),
     ({"guided_choice": ["a"] * 1025}, "guided_choice"),
