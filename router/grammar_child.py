@@ -29,7 +29,7 @@ import msgspec
 from protocol.errors import BatonError, GrammarError
 from protocol.request import MAX_GRAMMAR_BYTES, Grammar, GrammarKind
 from router.regex_dialect import ascii_lark, ascii_regex
-from router.schema_exact import exact_schema
+from router.schema_exact import exact_lark, exact_schema
 
 if TYPE_CHECKING:
     import numpy as np
@@ -216,7 +216,7 @@ def _held(grammar: Grammar) -> str:
     text = grammar.text
     try:
         if grammar.kind == GrammarKind.LARK:
-            text = ascii_lark(_lark(text))
+            text = exact_lark(ascii_lark(_lark(text)))
         elif grammar.kind == GrammarKind.REGEX:
             text = ascii_regex(text)
         elif grammar.kind == GrammarKind.JSON_SCHEMA:
