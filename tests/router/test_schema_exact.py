@@ -162,3 +162,9 @@ def test_a_schema_within_lark_is_held_as_any_other(guide: Guide) -> None:
 def test_a_schema_within_lark_is_refused_as_any_other(guide: Guide, schema: str, reason: str) -> None:
     with pytest.raises(GrammarError, match=reason):
         _lark(guide, f"start: %json {schema}", "x")
+
+
+def test_lark_and_gbnf_as_they_are_written(guide: Guide) -> None:
+    for start in ('?start: "ab"', 'start[lazy]: "ab"', 'start[capture]: "ab"', '\nstart : "ab"'):
+        assert _lark(guide, start, "ab", "a") == ["ab"], start
+    assert _lark(guide, r'root ::= "\u0041\u00e9\\u" [\u00c0-\u024f]', "Aé\\uÀ", "Aé\\uA") == ["Aé\\uÀ"]
