@@ -244,12 +244,14 @@ def _lark(text: str) -> str:
     """Return a grammar in GBNF or Lark as Lark."""
     if "::=" not in text:
         return text  # every rule of GBNF has it; the library asks for a plain `start:` at the beginning of a line
-    from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark, is_lark_syntax
+    from llguidance.gbnf_to_lark import gbnf_to_lark, is_lark_syntax
 
     if is_lark_syntax(text):
         return text
     try:
         found = gbnf_to_lark(_U_ESCAPE.sub(_spelled_out, text))
-    except (GbnfToLarkError, ValueError, IndexError, KeyError, RecursionError, AssertionError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001  it raises Exception itself
         raise GrammarError(f"neither Lark nor GBNF: {error}"[:300]) from error
     return found

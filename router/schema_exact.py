@@ -107,7 +107,7 @@ def _drop_idle(node: Node) -> None:
         # By type too: 0 equals False.
         if any(type(node.get(key)) is type(value) and node[key] == value for value in values):
             del node[key]
-    if node.get("format") not in _FORMATS and isinstance(node.get("format"), str):
+    if isinstance(node.get("format"), str) and node["format"] not in _FORMATS:
         del node["format"]
     if node.get("uniqueItems") is True and _count(node.get("maxItems")) in (0, 1):
         del node["uniqueItems"]

@@ -131,6 +131,12 @@ def test_an_idle_schema_that_is_referred_to_allows_anything(guide: Guide) -> Non
     assert guide.by_schema(schema, '{"a":[1]}') == ['{"a":[1]}']
 
 
+@pytest.mark.parametrize("value", [["date"], {"a": 1}, 1, None])
+def test_a_format_that_is_no_name_is_refused(guide: Guide, value: Any) -> None:
+    with pytest.raises(GrammarError, match="format"):
+        guide.by_schema({"type": "string", "format": value})
+
+
 def test_a_boolean_is_a_schema(guide: Guide) -> None:
     assert guide.by_schema("true", *TEXTS) == TEXTS
     with pytest.raises(GrammarError, match="no output obeys it"):

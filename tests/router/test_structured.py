@@ -192,7 +192,7 @@ async def test_broken_and_hostile_grammars_are_refused_with_a_reason(checks: Gra
 async def test_what_only_cannot_be_read_ends_no_child(checks: GrammarChecks) -> None:
     assert await checks.check(Grammar(kind=REGEX, text="c+"))
     before = {child._process.pid for child in checks._free}
-    for text in ("root ::= (", "root ::= [\\d]", '?start: "a" b', "::=", "a ::= b\nb"):
+    for text in ("root ::= (", "root ::= [\\d]", '?start: "a" b', "::=", "a ::= b\nb", "root ::= a", 'a ::= "b"'):
         with pytest.raises(GrammarError) as caught:
             await checks.check(Grammar(kind=LARK, text=text))
         assert "too much" not in str(caught.value), text
