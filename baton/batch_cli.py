@@ -30,6 +30,16 @@ from protocol.errors import BatonError, ConfigError
 
 NUM_OPEN_AT_SERVER: Final = 32
 RETRY_S: Final = 600.0
+_OWN: Final = (
+    "--input-file",
+    "--output-file",
+    "--model",
+    "--url",
+    "--api-key",
+    "--resume",
+    "--concurrency",
+    "--retry-s",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +81,7 @@ def parse(arguments: Sequence[str]) -> dict[str, Any]:
     parsed, rest = _parser(options).parse_known_intermixed_args(spelled(arguments))
     found = vars(parsed)
     if rest:
-        raise unexpected("run-batch", options, ("--url", "--resume", "--concurrency", "--retry-s"), rest[0])
+        raise unexpected("run-batch", options, _OWN, rest[0])
     places = {"input": "IN", "output": "OUT", "model": "MODEL"}
     open_places = [place for place in places if found[place] is None]
     names = found.pop("names")

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Final
 
 from baton.option import Option
 from baton.options import OPTIONS
 from baton.values import did_you_mean, switch
 from baton.vllm_names import ALIASES, ELSEWHERE, SHORT
 from protocol.errors import ConfigError
+
+_SLIP: Final = 0.75
+_NEAR_SLIP: Final = 0.88
 
 
 def spelled(arguments: Iterable[str]) -> list[str]:
@@ -76,8 +79,10 @@ def unexpected(command: str, options: Sequence[Option], others: Iterable[str], a
             roles = ", ".join(sorted(option.roles - {"colocated"}))
             return ConfigError(f"{name}: is not an option of baton {command}, but of {roles}")
     known = [f"--{option.name}" for option in options if not option.is_hidden]
-    aliases = [f"--{alias.replace('_', '-')}" for alias in (*ALIASES, *ELSEWHERE)]
-    return ConfigError(f"{name}: there is no such option{did_you_mean(name, [*known, *others, *aliases])}")
+    aliases, elsewhere = ([f"--{alias.replace('_', '-')}" for alias in names] for names in (ALIASES, ELSEWHERE))
+    # What does not exist here is meant only by who has all but written it.
+    meant = did_you_mean(name, [*known, *others, *aliases], _SLIP) or did_you_mean(name, elsewhere, _NEAR_SLIP)
+    return ConfigError(f"{name}: there is no such option{meant}")
 
 
 def describe(option: Option) -> str:

@@ -104,7 +104,9 @@ def misspelt(environment: Iterable[str]) -> list[str]:
     lines = []
     for name in sorted(environment):
         if name.startswith(_PREFIX) and name not in known:
-            if meant := did_you_mean(name.removeprefix(_PREFIX), ours, _SLIP):
+            if (elsewhere := ELSEWHERE.get(name.removeprefix(_PREFIX).lower())) is not None:
+                lines.append(f"{name} is not read: {elsewhere.says}")
+            elif meant := did_you_mean(name.removeprefix(_PREFIX), ours, _SLIP):
                 question = meant.replace("mean ", f"mean {_PREFIX}")
                 lines.append(f"{name} is not read: there is no such variable{question}")
     return lines

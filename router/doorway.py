@@ -68,7 +68,8 @@ def recorded(access_log: AccessLog) -> Any:
                     noted.dismiss()
                 return response
             except (asyncio.CancelledError, ConnectionError):
-                noted.status = CLIENT_LEFT
+                # What has begun is a stream, or a whole answer that was cut while it was written.
+                noted.status = CLIENT_LEFT if request.writer.output_size == 0 else 200
                 raise
             except web.HTTPException as error:
                 noted.status = error.status

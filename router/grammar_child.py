@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import resource
 import signal
 import sys
@@ -29,7 +30,7 @@ import msgspec
 from protocol.errors import BatonError, GrammarError
 from protocol.request import MAX_GRAMMAR_BYTES, Grammar, GrammarKind
 from router.regex_dialect import ascii_lark, ascii_regex
-from router.schema_exact import exact_schema
+from router.schema_exact import exact_lark, exact_schema
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,6 +58,9 @@ class Question(msgspec.Struct, frozen=True):
     """A grammar to be tried."""
 
     grammar: Grammar
+
+
+_U_ESCAPE: Final = re.compile(r"\\(?:u(?P<number>[0-9A-Fa-f]{4})|.)", re.DOTALL)
 
 
 class Verdict(msgspec.Struct, frozen=True):
@@ -216,7 +220,7 @@ def _held(grammar: Grammar) -> str:
     text = grammar.text
     try:
         if grammar.kind == GrammarKind.LARK:
-            text = ascii_lark(_lark(text))
+            text = exact_lark(ascii_lark(_lark(text)))
         elif grammar.kind == GrammarKind.REGEX:
             text = ascii_regex(text)
         elif grammar.kind == GrammarKind.JSON_SCHEMA:
@@ -228,12 +232,26 @@ def _held(grammar: Grammar) -> str:
     return text
 
 
+def _spelled_out(escape: re.Match[str]) -> str:
+    """Return an escape of GBNF as the library's reader is to have it: it drops the zeros that a number begins with."""
+    char = chr(int(escape["number"], 16)) if escape["number"] else ""
+    if char > "\x7f" and char.isprintable():
+        return char
+    return f"\\x{ord(char):02x}" if char and char <= "\x7f" else escape[0]
+
+
 def _lark(text: str) -> str:
     """Return a grammar in GBNF or Lark as Lark."""
-    from llguidance.gbnf_to_lark import any_to_lark
+    if "::=" not in text:
+        return text  # every rule of GBNF has it; the library asks for a plain `start:` at the beginning of a line
+    from llguidance.gbnf_to_lark import gbnf_to_lark, is_lark_syntax
 
+    if is_lark_syntax(text):
+        return text
     try:
-        found = any_to_lark(text)
-    except (ValueError, IndexError, KeyError, RecursionError, AssertionError) as error:
+        found = gbnf_to_lark(_U_ESCAPE.sub(_spelled_out, text))
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001  it raises Exception itself
         raise GrammarError(f"neither Lark nor GBNF: {error}"[:300]) from error
     return found

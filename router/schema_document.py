@@ -88,7 +88,7 @@ class Document:
     def close(self) -> None:
         """Let no object have properties that its schema does not name, unless it says so itself."""
         for node in self.nodes:
-            if isinstance(node.get("properties"), dict):
+            if any(isinstance(node.get(key), dict) for key in ("properties", "patternProperties")):
                 node.setdefault("additionalProperties", False)
 
     def keep_reached(self) -> None:

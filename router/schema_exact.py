@@ -10,6 +10,8 @@ Runs in the expendable child: nothing here is bounded in time but by the schema'
 
 from __future__ import annotations
 
+import json
+import re
 from decimal import Decimal
 from typing import Any, Final
 
@@ -17,6 +19,7 @@ import msgspec
 
 from protocol.errors import GrammarError, InvalidRequest
 from router import exact_json
+from router.json_bounds import check_unique
 from router.regex_dialect import ecma_regex
 from router.schema_document import Document, Node
 from router.schema_numbers import check_merged_multiples, hold_numbers
@@ -43,13 +46,21 @@ _ASIDE: Final = frozenset(
     | {"readOnly", "writeOnly"}
 )
 
+# Of a grammar in Lark: strings, special tokens, comments and patterns, in which nothing begins, and schemas.
+_EMBEDDED: Final = re.compile(
+    r'"(?:\\.|[^"\\\n])*"|<[^<>\n]*>|(?://|\#)[^\n]*|/(?:\\.|[^/\\\n])+/|(?P<json>%json\s*)(?=\{)'
+)
+_ANY_JSON: Final = json.JSONDecoder(parse_int=str, parse_float=str)
+
 
 def exact_schema(text: str) -> str:
     """Return the text of a schema as the library is to have it. Raises GrammarError with what cannot be held."""
     try:
         schema = exact_json.decoder(dict[str, Any] | bool).decode(text)
         if isinstance(schema, bool):
-            return text
+            if not schema:
+                raise GrammarError("no output obeys it")
+            return "{}"  # the library takes no schema but an object
         document = Document(schema, "schema")
         for node in document.nodes:
             _drop_idle(node)
@@ -66,6 +77,24 @@ def exact_schema(text: str) -> str:
     return exact_json.encode(root).decode()
 
 
+def exact_lark(text: str) -> str:
+    """Return a grammar in Lark with each `%json {...}` as `exact_schema` has it. Raises GrammarError as that does."""
+    out, at = [], 0
+    while (found := _EMBEDDED.search(text, at)) is not None:
+        out.append(text[at : found.end()])
+        at = found.end()
+        if found["json"] is None:
+            continue
+        try:
+            end = _ANY_JSON.raw_decode(text, at)[1]
+            check_unique(text[at:end].encode())
+        except (ValueError, InvalidRequest) as error:
+            raise GrammarError(f"%json: {error}") from error
+        out.append(exact_schema(text[at:end]))
+        at = end
+    return "".join((*out, text[at:]))
+
+
 def _is_merged(node: Node) -> bool:
     """Whether a schema and others, or several others, hold for the same value."""
     if "allOf" in node:
@@ -78,7 +107,7 @@ def _drop_idle(node: Node) -> None:
         # By type too: 0 equals False.
         if any(type(node.get(key)) is type(value) and node[key] == value for value in values):
             del node[key]
-    if node.get("format") not in _FORMATS and isinstance(node.get("format"), str):
+    if isinstance(node.get("format"), str) and node["format"] not in _FORMATS:
         del node["format"]
     if node.get("uniqueItems") is True and _count(node.get("maxItems")) in (0, 1):
         del node["uniqueItems"]

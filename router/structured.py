@@ -20,6 +20,7 @@ from msgspec import Meta
 from protocol.errors import InvalidRequest
 from protocol.request import MAX_GRAMMAR_BYTES, Grammar, GrammarKind
 from router import exact_json
+from router.json_bounds import check_unique
 from router.regex_dialect import ascii_regex
 from router.schema_document import Document
 
@@ -179,8 +180,9 @@ def _json(schema: Schema | None, name: str, pattern: str | None, *, is_closed: b
 def _decoded(text: str, name: str) -> dict[str, Any] | bool:
     try:
         found: dict[str, Any] | bool = exact_json.decoder(dict[str, Any] | bool).decode(text)
+        check_unique(text.encode())  # as in the body: it has seen this text as one string
         return found
-    except (msgspec.MsgspecError, RecursionError, UnicodeEncodeError) as error:
+    except (msgspec.MsgspecError, RecursionError, UnicodeEncodeError, InvalidRequest) as error:
         raise InvalidRequest(f"{name}: the text is no JSON schema: {error}", name) from error
 
 

@@ -58,6 +58,11 @@ def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
         ("serve m -tp 2", "--tensor-parallel-size: a model lies on one device"),
         ("serve m --trust-remote-code", "--trust-remote-code: no code out of a model's folder is ever run"),
         ("serve m --no-enable-prefix-caching", "prefixes are always cached"),
+        ("serve m --async-scheduling", "on a GPU steps are always prepared ahead"),
+        ("serve m --attention-backend FLASH_ATTN", "say --kernels"),
+        ("serve m --tensor-parallel-siez 2", "did you mean --tensor-parallel-size?"),
+        ("serve m --some-backend x", "--some-backend: there is no such option\n"),
+        ("run-batch a b --modle m", "--modle: there is no such option; did you mean --model?"),
         ("serve m --swap-space 4", "--swap-space: nothing is swapped"),
     ],
 )
@@ -119,6 +124,8 @@ def test_variables_that_are_very_like_ours_are_spoken_of(
     theirs = ["BATON_SERVICE_HOST", "BATON_SERVICE_PORT", "BATON_PORT_8000_TCP_ADDR", "BATON_TEST_MUTATION", "PORT"]
     assert misspelt([*theirs, "BATON_PORT", "BATON_MODEL", "BATON_CACHE", "BATON_GPU_MEMORY_UTILIZATION"]) == []
     assert misspelt(["BATON_PROT"]) == ["BATON_PROT is not read: there is no such variable; did you mean BATON_PORT?"]
+    [line] = misspelt(["BATON_TENSOR_PARALLEL_SIZE"])
+    assert line.startswith("BATON_TENSOR_PARALLEL_SIZE is not read: a model lies on one device")
     monkeypatch.setenv("BATON_LOGLEVEL", "debug")
     assert cli.main(["serve", "m", "--port", "x"]) == 2
     assert "did you mean BATON_LOG_LEVEL?" in capsys.readouterr().err

@@ -152,6 +152,18 @@ async def test_a_stream_that_fails_says_why(tokenizer: Tokenizer, lines: Any) ->
     assert line["error"].startswith("NotReady: ")
 
 
+async def test_who_leaves_a_stream_that_has_begun_was_answered(tokenizer: Tokenizer, lines: Any) -> None:
+    async with staged(tokenizer, access_log="json") as stage:
+        prefill, _ = await stage.pair()
+        asked = asyncio.create_task(stage.http.post(f"{stage.url}{CHAT}", json={**HI, "stream": True, "max_tokens": 9}))
+        await prefill.first(byte_id("a"))
+        response = await asked
+        await response.content.readline()
+        response.close()
+        [line] = await told(stage, lines, 1)
+    assert (line["status"], line["finish"], line["output_tokens"]) == (200, "cancelled", 1)
+
+
 async def test_a_kept_stream_has_its_line_at_its_end_however_many_connections_read_it(
     tokenizer: Tokenizer, lines: Any
 ) -> None:

@@ -130,6 +130,12 @@ def test_closing_objects_leaves_data_as_it_is(guide: Guide, member: Any) -> None
         assert found == [_one(told)]
 
 
+def test_closing_reaches_what_names_properties_by_patterns(guide: Guide) -> None:
+    schema = {"type": "object", "patternProperties": {"^z$": {"const": 1}}}
+    assert guide.by_schema(schema, '{"z":1}', '{"a":1}') == ['{"z":1}', '{"a":1}']
+    assert guide.by_schema(schema, '{"z":1}', '{"a":1}', disable_additional_properties=True) == ['{"z":1}']
+
+
 def test_closing_reaches_every_schema_by_its_position(guide: Guide) -> None:
     inner = {"type": "object", "properties": {"x": {"const": 1}}}
     for schema in (

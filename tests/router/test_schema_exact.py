@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from protocol.errors import GrammarError, InvalidRequest
-from protocol.request import GrammarKind
+from protocol.request import Grammar, GrammarKind
 from tests.router.guided import Guide, asked
 
 BASE: dict[str, Any] = {"type": ["object", "array", "string", "number"]}
@@ -129,3 +129,48 @@ def test_what_asks_for_nothing_may_be_referred_to(guide: Guide, fields: dict[str
 def test_an_idle_schema_that_is_referred_to_allows_anything(guide: Guide) -> None:
     schema = {"type": "object", "propertyNames": {}, "properties": {"a": {"$ref": "#/propertyNames"}}}
     assert guide.by_schema(schema, '{"a":[1]}') == ['{"a":[1]}']
+
+
+@pytest.mark.parametrize("value", [["date"], {"a": 1}, 1, None])
+def test_a_format_that_is_no_name_is_refused(guide: Guide, value: Any) -> None:
+    with pytest.raises(GrammarError, match="format"):
+        guide.by_schema({"type": "string", "format": value})
+
+
+def test_a_boolean_is_a_schema(guide: Guide) -> None:
+    assert guide.by_schema("true", *TEXTS) == TEXTS
+    with pytest.raises(GrammarError, match="no output obeys it"):
+        guide.by_schema("false", *TEXTS)
+
+
+def _lark(guide: Guide, grammar: str, *texts: str) -> list[str]:
+    return guide.accepted(Grammar(kind=GrammarKind.LARK, text=grammar), *texts)
+
+
+def test_a_schema_within_lark_is_held_as_any_other(guide: Guide) -> None:
+    inner = '{"type": "number", "exclusiveMinimum": 0, "maximum": 0.5}'
+    assert _lark(guide, f'start: "a" %json {inner}', "a0", "a0.5", "a0.25") == ["a0.5", "a0.25"]
+    assert _lark(guide, 'start: %json {"enum": ["}{", "b"]} "c"', '"}{"c', '"b"c', '"b"') == ['"}{"c', '"b"c']
+    assert _lark(guide, 'start: x\nx: %json\n{"type": "string", "format": "phone"}', '"q"') == ['"q"']
+    assert _lark(guide, 'start: "%json {" /%json {2}x/ // %json {', "%json {%json  x") == ["%json {%json  x"]
+
+
+@pytest.mark.parametrize(
+    ("schema", "reason"),
+    [
+        ('{"const": 9007199254740993}', "cannot be held exactly"),
+        ('{"const": 1, "const": 2}', "twice"),
+        ('{"uniqueItems": true}', "uniqueItems"),
+        ('{"const": 1', "%json"),
+        ('{"a":' * 100_000, "nested"),
+    ],
+)
+def test_a_schema_within_lark_is_refused_as_any_other(guide: Guide, schema: str, reason: str) -> None:
+    with pytest.raises(GrammarError, match=reason):
+        _lark(guide, f"start: %json {schema}", "x")
+
+
+def test_lark_and_gbnf_as_they_are_written(guide: Guide) -> None:
+    for start in ('?start: "ab"', 'start[lazy]: "ab"', 'start[capture]: "ab"', '\nstart : "ab"'):
+        assert _lark(guide, start, "ab", "a") == ["ab"], start
+    assert _lark(guide, r'root ::= "\u0041\u00e9\\u" [\u00c0-\u024f]', "Aé\\uÀ", "Aé\\uA") == ["Aé\\uÀ"]

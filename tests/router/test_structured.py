@@ -103,6 +103,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"structured_outputs": {"json": "no json"}}, "structured_outputs"),
     ({"structured_outputs": {"json": "[" * 100_000}}, "structured_outputs"),
     ({"structured_outputs": {"json": '"text"'}}, "structured_outputs"),
+    ({"structured_outputs": {"json": '{"type": "object", "type": "string"}'}}, "structured_outputs"),
+    ({"guided_json": '{"enum": [{"a": 1, "\\u0061": 2}]}'}, "guided_json"),
     ({"structured_outputs": {"choice": []}}, "structured_outputs"),
     ({"structured_outputs": {"choice": [""]}}, "structured_outputs"),
     ({"guided_choice": ["a"] * 1025}, "guided_choice"),
@@ -172,7 +174,9 @@ HOSTILE: list[tuple[GrammarKind, str, str]] = [
     (REGEX, "()", "empty output"),
     (LARK, "start: start start", ""),
     (LARK, "start: a\na: nowhere", "nowhere"),
-    (LARK, "root ::= (", ""),
+    (LARK, "root ::= (", "neither Lark nor GBNF"),
+    (LARK, "root ::= [\\d]", "neither Lark nor GBNF"),
+    (LARK, 'rootx [a]: "x"', "1("),
     (LARK, 'root ::= ' + "(" * 5000 + '"a"' + ")" * 5000, ""),
 ]  # fmt: skip
 
@@ -183,6 +187,16 @@ async def test_broken_and_hostile_grammars_are_refused_with_a_reason(checks: Gra
             await checks.check(Grammar(kind=kind, text=text))
         assert reason in str(caught.value) and 0 < len(str(caught.value)) < 400, text[:60]
     assert await checks.check(Grammar(kind=REGEX, text="b+"))
+
+
+async def test_what_only_cannot_be_read_ends_no_child(checks: GrammarChecks) -> None:
+    assert await checks.check(Grammar(kind=REGEX, text="c+"))
+    before = {child._process.pid for child in checks._free}
+    for text in ("root ::= (", "root ::= [\\d]", '?start: "a" b', "::=", "a ::= b\nb", "root ::= a", 'a ::= "b"'):
+        with pytest.raises(GrammarError) as caught:
+            await checks.check(Grammar(kind=LARK, text=text))
+        assert "too much" not in str(caught.value), text
+    assert before <= {child._process.pid for child in checks._free}
 
 
 async def test_verdicts_are_kept_and_shared(checks: GrammarChecks) -> None:
