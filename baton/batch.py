@@ -24,7 +24,8 @@ from typing import Any, BinaryIO, Final, Protocol
 import msgspec
 
 from baton.values import did_you_mean
-from protocol.errors import ConfigError
+from protocol.errors import ConfigError, InvalidRequest
+from router.json_bounds import check_unique
 
 MAX_CUSTOM_ID_CHARS: Final = 512
 FIRST_RETRY_S: Final = 0.5
@@ -188,7 +189,8 @@ def parse_line(data: bytes) -> BatchLine:
     """Decode and check a line. Raises BadLine."""
     try:
         line = msgspec.json.decode(data, type=BatchLine)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        check_unique(data)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, InvalidRequest) as error:
         raise BadLine("invalid_line", f"not a line of a batch: {error}", _custom_id(data)) from error
     custom_id = line.custom_id[:MAX_CUSTOM_ID_CHARS]
     if not line.custom_id or len(line.custom_id) > MAX_CUSTOM_ID_CHARS:

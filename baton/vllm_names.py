@@ -89,7 +89,7 @@ ELSEWHERE: Final[dict[str, Elsewhere]] = {
     "trust_remote_code": _never(_CODE),
     "swap_space": _zero("nothing is swapped: what gives way is computed again; leave it out"),
     "cpu_offload_gb": _zero("weights are not offloaded: --quantization makes them smaller"),
-    "seed": Elsewhere("each request has its own: the field `seed` of its body"),
+    "seed": Elsewhere("each request has its own: the field `seed` of its body", frozenset({"0"})),
     "speculative_config": Elsewhere("there is no speculative decoding: leave it out"),
     "speculative_model": Elsewhere("there is no speculative decoding: leave it out"),
     "num_speculative_tokens": _zero("there is no speculative decoding: leave it out"),

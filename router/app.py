@@ -77,7 +77,7 @@ class Router:
         self.control_port = await self._listen(workers, config.control_host, config.control_port, config.control_fd)
         app = self._http.app()
         app.on_response_prepare.append(self._close_after)
-        clients = ClientRunner(app, config.idle_s, CLOSE_BUDGET_S)
+        clients = ClientRunner(app, self._http.access_log, config.idle_s, CLOSE_BUDGET_S)
         self.http_port = await self._listen(clients, config.http_host, config.http_port, config.http_fd)
         if config.grpc_port is not None:
             self._grpc = _grpc_server(config, self.core)

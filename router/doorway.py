@@ -24,6 +24,7 @@ from aiohttp.http_exceptions import LineTooLong
 from aiohttp.web_protocol import _ErrInfo
 from aiohttp.web_request import BaseRequest
 
+from protocol.errors import InvalidRequest
 from router.access import OPEN_PATHS, Access, Client
 from router.access_log import CLIENT_LEFT, AccessLog, current
 from router.framing import refusal_of
@@ -138,7 +139,8 @@ class Origins:
 class ClientRunner(web.AppRunner):
     """Runs the clients' application: its connections speak of their errors as everything else here does."""
 
-    def __init__(self, app: web.Application, idle_s: float, shutdown_timeout: float) -> None:
+    def __init__(self, app: web.Application, access_log: AccessLog, idle_s: float, shutdown_timeout: float) -> None:
+        self._access_log = access_log
         app.on_response_prepare.append(_end_where_no_length_is)
         super().__init__(
             app,
@@ -158,7 +160,7 @@ class ClientRunner(web.AppRunner):
     def server(self) -> Any:
         """What makes a protocol of each new connection."""
         server = super().server
-        return None if server is None else partial(_Connection, server)
+        return None if server is None else partial(_Connection, server, self._access_log)
 
 
 class _Connection(web.RequestHandler):
@@ -166,10 +168,10 @@ class _Connection(web.RequestHandler):
 
     __slots__ = ("_num_head_bytes",)
 
-    def __init__(self, server: web.Server) -> None:
+    def __init__(self, server: web.Server, access_log: AccessLog) -> None:
         super().__init__(server, loop=server._loop, **server._kwargs)
         assert self._request_handler is not None
-        self._request_handler = partial(_answer, self._request_handler)
+        self._request_handler = partial(_answer, self._request_handler, access_log)
         self._num_head_bytes = 0
 
     def data_received(self, data: bytes) -> None:
@@ -224,12 +226,17 @@ class _Connection(web.RequestHandler):
         raise ConnectionResetError("there is nobody who could be answered")
 
 
-async def _answer(handler: _BaseHandler, request: BaseRequest) -> web.StreamResponse:
+async def _answer(handler: _BaseHandler, access_log: AccessLog, request: BaseRequest) -> web.StreamResponse:
     """Let the application answer a request whose head says nothing that is refused."""
     refusal = refusal_of(request)
-    if refusal is not None:
-        return _refused(request, refusal.status, refusal.reason)
-    return await handler(request)
+    if refusal is None:
+        return await handler(request)
+    response = _refused(request, refusal.status, refusal.reason)
+    with access_log.record(f"{request.method} {request.path}") as noted:
+        noted.client, noted.request_id = Client(request.remote or ""), response.headers[HEADER]
+        noted.status = refusal.status
+        noted.failed(InvalidRequest(refusal.reason))
+    return response
 
 
 def _refused(request: BaseRequest, status: int, reason: str, kind: str = "invalid_request_error") -> web.StreamResponse:

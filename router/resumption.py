@@ -164,7 +164,7 @@ class KeptStream:
 
     def __init__(self, claim: Claim, session: Session, shape: Shape, unread: Unread, slices: Slices) -> None:
         self.claim = claim
-        self.is_over = False
+        self.is_over = self.is_delivered = False
         self.is_failed = False
         self._session = session
         self._shape = shape
@@ -279,6 +279,7 @@ class KeptStream:
             if self.is_over and not self._log.unread_bytes:
                 break
         await stream.finish(b"")
+        self.is_delivered = True
 
     async def _await_news(self, stream: EventStream) -> None:
         """Wait for something unread, or for the end."""
@@ -364,7 +365,8 @@ class KeptStreams:
             kept.stop()
 
     def _expire(self, kept: KeptStream) -> None:
-        log.info("stream %s: nobody came back for it", kept.claim.request_id)
+        if not kept.is_delivered:
+            log.info("stream %s: nobody came back for it", kept.claim.request_id)
         self._forget(kept)
         kept.stop()
 

@@ -77,6 +77,7 @@ class HttpServer:
         self._switchboard = core.switchboard
         self._metrics = metrics
         self._intake = core.intake
+        self.access_log = AccessLog(config.access_log, time.monotonic)
         self._started_s = int(time.time())
         self._access = Access(config.api_keys, config.api_key_files, time.monotonic)
         self._origins = Origins(config.allowed_origins)
@@ -88,7 +89,7 @@ class HttpServer:
     def app(self) -> web.Application:
         """Return the aiohttp application for clients."""
         doors = [
-            recorded(AccessLog(self._config.access_log, time.monotonic)),
+            recorded(self.access_log),
             self._writer.watched,
             errors_in_openai_shape,
             self._origins.answer_preflight,
@@ -188,6 +189,7 @@ class HttpServer:
                 if kept is None:
                     request[REQUEST_ID] = current().request_id = claim.request_id
                     session = self._core.open(job, arrived_s)
+                    session.record.status = 200
                     session.record.hand_over()
                     kept = self._kept.keep(claim, session, shape_of(job, self._tokenizer, claim.request_id))
         return await self._kept.read(kept, request, claim)
@@ -348,8 +350,9 @@ async def errors_in_openai_shape(request: web.Request, handler: Handler) -> web.
     except web.HTTPException as error:
         if error.status < 400:
             raise
-        kind = "not_found_error" if error.status == 404 else "invalid_request_error"
-        return _json(encode_json(error_body(_in_words(request, error), kind, error.status)), error.status,
+        kind, reason = "not_found_error" if error.status == 404 else "invalid_request_error", _in_words(request, error)
+        current().failed(InvalidRequest(reason))
+        return _json(encode_json(error_body(reason, kind, error.status)), error.status,
                      {"Allow": error.headers["Allow"]} if "Allow" in error.headers else None)  # fmt: skip
     except ConnectionError:
         raise

@@ -98,6 +98,7 @@ async def test_every_bad_line_has_its_error() -> None:
         line("x" * 600),
         line("get").replace(b"POST", b"GET"),
         line("stream", stream=True),
+        line("twice").replace(b"{", b'{"custom_id": "first", ', 1),
         line("a"),
         line("a", prompt="another"),
         line("b", url="/metrics"),
@@ -108,7 +109,7 @@ async def test_every_bad_line_has_its_error() -> None:
         found = await results(target, lines)
     codes = Counter(one["error"]["code"] if one["error"] else "answered" for one in found)
     assert codes == {
-        "invalid_line": 6,
+        "invalid_line": 7,
         "invalid_custom_id": 2,
         "invalid_method": 1,
         "invalid_stream": 1,

@@ -123,10 +123,14 @@ async def test_what_is_refused_has_a_line_and_what_only_looks_has_none(tokenizer
         await stage.until(lambda: stage.router.switchboard.max_model_len is not None)
         stage.router.switchboard.is_draining = True
         await stage.post(CHAT, HI)
-        found = await told(stage, lines, 6)
-    assert [line["status"] for line in found] == [404, 400, 404, 429, 499, 503]
-    assert [line.get("finish") for line in found] == [None] * 4 + ["cancelled", None]
+        await stage.post(CHAT, HI, headers={"Expect": "foo"})
+        async with stage.http.put(f"{stage.url}{CHAT}") as response:
+            assert response.status == 405
+        found = await told(stage, lines, 8)
+    assert [line["status"] for line in found] == [404, 400, 404, 429, 499, 503, 417, 405]
+    assert [line.get("finish") for line in found] == [None] * 4 + ["cancelled", None, None, None]
     assert "Overloaded: 1 requests are unfinished" in found[3]["error"]
+    assert all(line.get("error") or line["status"] == 499 for line in found)
     assert all(line["client"] == "127.0.0.1" and line["request_id"] for line in found)
 
 
@@ -179,7 +183,7 @@ async def test_a_kept_stream_has_its_line_at_its_end_however_many_connections_re
         decode.emit(reserve, byte_ids("bcdefghij"), finish=LENGTH)
         await rest(await again)
         [line] = await told(stage, lines, 1)
-    assert (line["request_id"], line["finish"], line["output_tokens"]) == ("mine", "length", 10)
+    assert (line["request_id"], line["status"], line["finish"], line["output_tokens"]) == ("mine", 200, "length", 10)
 
 
 async def test_text_cannot_be_forged(tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:
