@@ -31,7 +31,7 @@ from typing import Final
 
 import msgspec
 
-from protocol.errors import GrammarError, NotReady, Overloaded
+from protocol.errors import GrammarError, NotReady, Overloaded, RequestFailed
 from protocol.request import Grammar
 from router.grammar_child import Question, Verdict
 
@@ -84,6 +84,7 @@ class GrammarChecks:
             GrammarError: it is broken, or too costly; with the reason.
             Overloaded: too many new grammars are being tried.
             NotReady: its child was ended from outside, or none can be started; nothing is known of the grammar.
+            RequestFailed: a fault of ours; the log has it.
         """
         digest = hashlib.sha256(msgspec.json.encode(grammar)).digest()
         verdict = self._verdicts.get(digest)
@@ -95,6 +96,8 @@ class GrammarChecks:
             verdict = await asyncio.shield(task)
         else:
             self._verdicts.move_to_end(digest)
+        if verdict.is_ours:
+            raise RequestFailed("the schema cannot be compiled here: internal error")
         if verdict.error:
             raise GrammarError(verdict.error)
         return grammar if verdict.text == grammar.text else msgspec.structs.replace(grammar, text=verdict.text)
@@ -175,6 +178,8 @@ class GrammarChecks:
             await child.kill()
             raise
         self._free.append(child)
+        if verdict.is_ours:
+            log.error("a grammar cannot be tried:\n%s", verdict.error)
         return verdict
 
     async def _child(self) -> _Child:

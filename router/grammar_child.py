@@ -21,6 +21,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Final
@@ -60,6 +61,7 @@ class Question(msgspec.Struct, frozen=True):
     grammar: Grammar
 
 
+MAX_FAULT_CHARS: Final = 4000
 _U_ESCAPE: Final = re.compile(r"\\(?:u(?P<number>[0-9A-Fa-f]{4})|.)", re.DOTALL)
 
 
@@ -68,10 +70,12 @@ class Verdict(msgspec.Struct, frozen=True):
 
     Attributes:
         error: empty if it is good.
+        is_ours: whether the error is a fault of ours, which says nothing of the grammar.
     """
 
     text: str = ""
     error: str = ""
+    is_ours: bool = False
 
 
 def write(file: BinaryIO, message: msgspec.Struct) -> None:
@@ -113,6 +117,10 @@ def _judged(trial: Trial, grammar: Grammar) -> Verdict:
             verdicts.append(Verdict(text=trial.text_of(grammar)))
         except GrammarError as error:
             verdicts.append(Verdict(error=str(error)))
+        except MemoryError:
+            raise  # it has reached the bound, and this process ends
+        except Exception:  # noqa: BLE001  whatever it is, the next grammar is to find a child
+            verdicts.append(Verdict(error=traceback.format_exc()[-MAX_FAULT_CHARS:], is_ours=True))
 
     thread = threading.Thread(target=judge)
     begin_s, is_idle = time.process_time(), False

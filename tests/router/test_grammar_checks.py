@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from protocol.errors import GrammarError, NotReady
+from protocol.errors import GrammarError, NotReady, RequestFailed
 from protocol.request import Grammar, GrammarKind
 from router.grammar_checks import GrammarChecks
-from router.grammar_child import Question, Verdict
+from router.grammar_child import Question, Trial, Verdict, _judged
 from router.tokenizer import Tokenizer
 from tests.router.tiny import byte_level_gguf
 from tests.router.workers import CHAT, HI, staged
@@ -99,6 +99,31 @@ async def test_what_a_child_does_to_itself_is_a_verdict_and_costs_once(
         with pytest.raises(GrammarError, match="too much time or memory"):
             await checks.check(B)
     assert struck.num_asked == 1
+    assert await checks.check(C) is C
+
+
+async def test_a_fault_of_ours_ends_no_child_and_is_not_told_as_the_clients(
+    checks: GrammarChecks, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken(Trial):
+        def __init__(self) -> None:
+            """Have nothing."""
+
+    verdict = _judged(Broken(), B)
+    assert verdict.is_ours and "AttributeError" in verdict.error
+
+    from router import grammar_checks
+
+    async def fail(child: Any, question: Question, budget_s: float) -> Verdict:
+        return verdict
+
+    with monkeypatch.context() as patch:
+        patch.setattr(grammar_checks._Child, "ask", fail)
+        with pytest.raises(RequestFailed, match="internal error"):
+            await checks.check(B)
+    with pytest.raises(RequestFailed, match="internal error"):
+        await checks.check(B)
+    assert caplog.text.count("a grammar cannot be tried") == 1 and "AttributeError" in caplog.text
     assert await checks.check(C) is C
 
 
