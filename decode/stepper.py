@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import assert_never
 
 from decode.scheduler import DecodeScheduler, Reserved, StepPlan
 from engine.block_pool import BlockPool, PoolCounts, PoolWatch
@@ -170,6 +171,8 @@ class DecodeStepper:
             self._give_up_failed()
         elif isinstance(event, DropSequence):
             self._scheduler.drop(event.transfer_id)
+        elif not isinstance(event, GrammarSettled):  # the next step looks at what waits for its grammar
+            assert_never(event)
         self._publish()
 
     @property

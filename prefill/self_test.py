@@ -4,7 +4,8 @@
    be timed. The fastest counts.
 2. A short one is computed once more behind a long context: what attention adds to a token.
 
-The blocks that it writes are free before and after it, and have no names: nobody finds what stands in them.
+The blocks that it writes are leased for it, and have no names: nobody finds what stands in them, and whatever is in use
+stays as it is, whenever it comes.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from engine.batch import BatchItem
+from engine.block_pool import BlockPool
 from engine.runner import BatchRunner
 from engine.sequence import Sequence, num_blocks_for
 from protocol.block_hash import root_hash
@@ -41,15 +43,29 @@ class PromptPace:
     context_share: float = 0.0
 
 
-def measure_prompts(runner: BatchRunner, block_size: int, max_tokens: int, chunk_tokens: int) -> PromptPace:
-    """Return the pace of a prefill worker; on its compute thread, before anything holds a block.
+def measure_prompts(
+    runner: BatchRunner, pool: BlockPool, block_size: int, max_tokens: int, chunk_tokens: int
+) -> PromptPace:
+    """Return the pace of a prefill worker; on its compute thread. A pace of 0 is not known: no block is free.
 
     Args:
         runner: of the worker.
+        pool: lends the blocks.
         block_size: tokens per block.
-        max_tokens: that a prompt may have and the pool holds.
+        max_tokens: that a prompt may have.
         chunk_tokens: most tokens of one step.
     """
+    max_tokens = min(max_tokens, CONTEXT_TOKENS + chunk_tokens, pool.counts().free * block_size)
+    if max_tokens == 0:
+        return PromptPace(0.0)
+    block_ids = pool.allocate(num_blocks_for(max_tokens, block_size))
+    try:
+        return _measured(runner, block_ids, max_tokens, chunk_tokens)
+    finally:
+        pool.release(block_ids)
+
+
+def _measured(runner: BatchRunner, block_ids: list[int], max_tokens: int, chunk_tokens: int) -> PromptPace:
     sequence = Sequence(
         request_id=0,
         transfer_id=0,
@@ -60,7 +76,7 @@ def measure_prompts(runner: BatchRunner, block_size: int, max_tokens: int, chunk
         root=root_hash(""),
         names=[],
     )
-    sequence.add_blocks(list(range(num_blocks_for(max_tokens, block_size))))
+    sequence.add_blocks(block_ids)
 
     def compute(start: int, num_tokens: int) -> None:
         runner.launch([BatchItem(sequence, start, num_tokens, wants_logits=False)]).results()

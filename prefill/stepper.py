@@ -23,6 +23,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import assert_never
 
 from engine.batch import BatchItem
 from engine.block_pool import BlockPool, PoolCounts, PoolWatch
@@ -211,9 +212,11 @@ class PrefillStepper:
                 self._scheduler.taker.abandon(event.transfer_id, Failure("its prompt was aborted"))
         elif isinstance(event, TransferEnded):
             self._scheduler.transfer_ended(event.transfer_id)
-        else:
-            max_tokens = min(self._max_model_len - 1, self._pool.num_blocks * self._block_size)
-            self._emit(measure_prompts(self._runner, self._block_size, max_tokens, self._chunk_tokens))
+        elif isinstance(event, Measure):
+            sizes = (self._block_size, self._max_model_len - 1, self._chunk_tokens)
+            self._emit(measure_prompts(self._runner, self._pool, *sizes))
+        elif not isinstance(event, GrammarSettled):  # the next step looks at what waits for its grammar
+            assert_never(event)
         self._publish()
 
     @property

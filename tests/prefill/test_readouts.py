@@ -12,6 +12,7 @@ from torch import Tensor
 
 from engine.block_pool import BlockPool
 from engine.config import EngineConfig
+from engine.grammar import GrammarSettled
 from engine.loading import LoadedModel, load
 from engine.placement import refusal_of, sequence_of
 from engine.runner import BatchRunner, DeviceRunner, Runner
@@ -20,7 +21,16 @@ from model.batch import ForwardBatch
 from model.source import resolve
 from model.torch_decoder import TorchDecoder
 from prefill.scheduler import MAX_LOGIT_ROWS, PrefillJob, PrefillScheduler
-from prefill.stepper import AbortJob, FirstTokenReady, PrefillEmission, PrefillStepper, ReadingsReady, Submit
+from prefill.self_test import PromptPace
+from prefill.stepper import (
+    AbortJob,
+    FirstTokenReady,
+    Measure,
+    PrefillEmission,
+    PrefillStepper,
+    ReadingsReady,
+    Submit,
+)
 from protocol.block_hash import block_hashes, root_hash
 from protocol.readout import Pooling, ReadEmbedding, ReadLabels, Readout, ReadPrompt
 from protocol.request import SamplingParams
@@ -116,6 +126,28 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
 
 def _benches(plain: LoadedModel, native: LoadedModel, chunk_tokens: int) -> list[Bench]:
     return [Bench(native, _host, chunk_tokens), Bench(plain, _host, chunk_tokens), Bench(plain, _device, chunk_tokens)]
+
+
+@pytest.mark.parametrize("event", [Measure(), GrammarSettled()])
+def test_no_event_writes_blocks_that_are_in_use(
+    plain: LoadedModel, native: LoadedModel, event: Measure | GrammarSettled
+) -> None:
+    labels = ReadLabels(token_ids=(5, 200))
+    for bench in _benches(plain, native, 16):
+        before = bench.read(1, PROMPT, labels)
+        bench.submit(2, PROMPT[::-1], None)
+        bench.stepper.step()
+        assert bench.pool.num_leased_blocks > 0
+        counts = bench.pool.counts()
+        bench.stepper.handle(event)
+        paces = [said for said in bench.said if isinstance(said, PromptPace)]
+        assert len(paces) == isinstance(event, Measure) and bench.pool.counts().leased == counts.leased
+        bench.run()
+        again = bench.read(3, PROMPT, labels)
+        assert again.num_cached_tokens > 0 and again.labels == pytest.approx(before.labels, abs=1e-5)
+        # Whatever was computed meanwhile is right, too.
+        other, fresh = bench.read(4, PROMPT[::-1], labels), Bench(bench.model, _host, 64).read(1, PROMPT[::-1], labels)
+        assert other.num_cached_tokens > 0 and other.labels == pytest.approx(fresh.labels, abs=1e-4)
 
 
 @pytest.mark.parametrize("chunk_tokens", [7, 16, 64])

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from engine.batch import BatchItem
+from engine.block_pool import BlockPool
 from prefill.self_test import measure, measure_prompts
 
 
@@ -34,7 +35,7 @@ class Paced:
 
 def test_pace_and_context_are_found_and_it_does_not_take_long() -> None:
     runner, begin_s = Paced(0.0005, 0.001), time.monotonic()
-    found = measure_prompts(runner, 16, 4000, 256)  # type: ignore[arg-type]
+    found = measure_prompts(runner, BlockPool(250), 16, 4000, 256)  # type: ignore[arg-type]
     assert found.tokens_per_s == pytest.approx(2000, rel=0.3)
     assert found.context_share == pytest.approx(0.001, rel=0.4)
     assert time.monotonic() - begin_s < 0.6
@@ -43,7 +44,7 @@ def test_pace_and_context_are_found_and_it_does_not_take_long() -> None:
 
 def test_what_is_slow_is_computed_once_only() -> None:
     runner = Paced(0.07)
-    found = measure_prompts(runner, 16, 4000, 256)  # type: ignore[arg-type]
+    found = measure_prompts(runner, BlockPool(250), 16, 4000, 256)  # type: ignore[arg-type]
     assert len(runner.items) == 1 and found.context_share == 0.0
     assert found.tokens_per_s == pytest.approx(14, rel=0.1)
 
@@ -51,9 +52,21 @@ def test_what_is_slow_is_computed_once_only() -> None:
 @pytest.mark.parametrize("max_tokens", [1, 15, 100])
 def test_a_pool_may_be_small(max_tokens: int) -> None:
     runner = Paced(0.0002)
-    found = measure_prompts(runner, 16, max_tokens, 256)  # type: ignore[arg-type]
+    found = measure_prompts(runner, BlockPool(250), 16, max_tokens, 256)  # type: ignore[arg-type]
     assert found.tokens_per_s > 1000 and found.context_share == 0.0
     assert all(item.start + item.num_tokens <= max_tokens for item in runner.items)
+
+
+def test_only_blocks_that_nobody_has_are_written_and_all_go_back() -> None:
+    pool = BlockPool(12)
+    held = pool.allocate(9)
+    runner = Paced(0.0002)
+    found = measure_prompts(runner, pool, 16, 4000, 256)  # type: ignore[arg-type]
+    assert found.tokens_per_s > 1000
+    assert not {i for item in runner.items for i in item.sequence.block_ids} & set(held)
+    assert all(item.start + item.num_tokens <= 3 * 16 for item in runner.items)
+    pool.check(9)
+    assert measure_prompts(runner, BlockPool(0), 16, 4000, 256).tokens_per_s == 0.0  # type: ignore[arg-type]
 
 
 def test_the_fastest_pass_counts() -> None:
