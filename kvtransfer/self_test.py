@@ -41,7 +41,6 @@ async def run_self_test(endpoint: Endpoint, store: SlotStore) -> None:
     received, sent = (small[0], whole[0]), (small[1], whole[1])
     tags = tuple(secrets.randbits(63) for _ in received)
     arrivals = [endpoint.post_receive(buffer, tag) for buffer, tag in zip(received, tags, strict=True)]
-    arrivals[1].add_done_callback(lambda _: pool.give(whole[0]))
     is_sent = False
     try:
         endpoint.post(Credit(tags=tags, slot_bytes=store.slot_bytes))
@@ -55,17 +54,27 @@ async def run_self_test(endpoint: Endpoint, store: SlotStore) -> None:
         sends = [endpoint.send(payload, tag) for payload, tag in zip(payloads, theirs.tags, strict=True)]
         is_sent = True
         sends[1].add_done_callback(lambda _: pool.give(whole[1]))
+        largest = max(theirs.slot_bytes, SMALL_BYTES)
+        expected = [(buffer[: min(buffer.nbytes, largest)], tag) for buffer, tag in zip(received, tags, strict=True)]
+        await _compared(endpoint, store, [*arrivals, *sends], expected)
     finally:
+        # Not before it was compared: whoever takes it next writes to it.
+        arrivals[1].add_done_callback(lambda _: pool.give(whole[0]))
         if not is_sent:
             pool.give(whole[1])
+
+
+async def _compared(
+    endpoint: Endpoint, store: SlotStore, moves: list[asyncio.Future[None]], expected: list[tuple[Buffer, int]]
+) -> None:
+    """Wait for all payload, compare what came with the patterns of its tags, and for the peer's word that it did so."""
     # Read on meanwhile: a peer that leaves now may show there only.
     word = asyncio.ensure_future(endpoint.receive())
     try:
-        await asyncio.wait([*arrivals, *sends])
-        for done in (*arrivals, *sends):
+        await asyncio.wait(moves)
+        for done in moves:
             done.result()
-        for buffer, tag in zip(received, tags, strict=True):
-            payload = buffer[: min(buffer.nbytes, max(theirs.slot_bytes, SMALL_BYTES))]
+        for payload, tag in expected:
             _compare(store, payload, tag, endpoint.agreement.checksum)
         # Each end has seen one direction. Who went on without the other's word would dial the same broken way for ever.
         endpoint.post(Tested())
