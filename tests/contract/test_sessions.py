@@ -563,5 +563,6 @@ async def test_sides_with_different_slots_agree(site: Site, sender_slot_bytes: i
     await plan.send(prefill, "d0")
     await until(lambda: 1 in decode.complete)
     plan.check(prefill, decode)
+    assert site.config.slot_bytes is not None
     num_layers_per_piece = min(sender_slot_bytes, site.config.slot_bytes) // 4096
     assert decode.side.stats.num_pieces == 17 * -(-5 // num_layers_per_piece)
