@@ -1,8 +1,9 @@
 """Hostile requests against a running server: `python -m tests.clients.hostile --number 10000`.
 
 1. A server is started, or one is named. A stream is read in peace: that is what it must say again and again.
-2. The corpus is sent, then damaged bodies and broken HTTP, until so many have been refused, while the stream is read
-   over and over beside it. Bodies that damage left valid are counted, and do not count.
+2. The corpus is sent, then what is odd and must be answered (`answers.py`), then damaged bodies and broken HTTP, until
+   so many have been refused, while the stream is read over and over beside it. Bodies that damage left valid are
+   counted, and do not count.
 3. Every refusal must be 4xx in OpenAI's shape. No 5xx, no process that is another one than before, no stream that says
    something else, no error in the log and nothing there that a client could have written. Memory and times are
    reported; the command line holds them against their limits, the test does not.
@@ -27,6 +28,7 @@ from typing import Any
 
 import aiohttp
 
+from tests.clients.answers import wrong_answers
 from tests.clients.bodies import BROKEN_HTTP, CHAT, COMPLETIONS, MODEL, Sent, corpus, damaged, large
 from tests.e2e.client import stream
 from tests.e2e.server import Server, serving
@@ -112,6 +114,7 @@ class Siege:
                 await self._send(sent)
             for name, data in BROKEN_HTTP:
                 await self._send_raw(name, data)
+            self.report.wrong += await wrong_answers(self._http, self._server.url)
             await asyncio.gather(*(self._sender(number, until_s) for _ in range(num_senders)))
             while not self.report.num_streams and not beside.done() and time.monotonic() < until_s:
                 await asyncio.sleep(0.05)

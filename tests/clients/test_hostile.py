@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,7 @@ from protocol.errors import RequestRejected
 from router.api import ChatRequest, CompletionRequest, parse
 from router.intake import Intake
 from router.response_request import ResponsesRequest
+from tests.clients.answers import ODD, Odd
 from tests.clients.bodies import CHAT, COMPLETIONS, MODEL, RESPONSES, corpus, damaged, large
 from tests.clients.hostile import MAX_RSS_GROWTH_BYTES, POOL_BLOCKS, besiege
 from tests.e2e.server import serving
@@ -26,6 +28,18 @@ async def test_hostile_bodies_are_refused_and_nobody_else_notices(cache_dir: Pat
     assert report.wrong == []
     assert report.num_refused >= 300 and report.num_streams > 0
     assert max(report.rss_growth_bytes.values()) < MAX_RSS_GROWTH_BYTES
+
+
+@pytest.mark.parametrize("odd", ODD, ids=lambda odd: odd.name)
+def test_an_answer_to_an_odd_request_may_be_wrong(odd: Odd) -> None:
+    message: dict[str, Any] = {"content": "\u00e9", "tool_calls": []}
+    told = {"text": "", "logprobs": {"tokens": [], "text_offset": []}}
+    answer = {"choices": [{"message": message, "finish_reason": "error", "stop_reason": None, **told}]}
+    try:
+        is_right = odd.is_right(answer)
+    except (ValueError, AssertionError):
+        is_right = False
+    assert not is_right
 
 
 def test_damage_follows_from_its_seed() -> None:
