@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from typing import assert_never
 
 from decode.config import DecodeConfig
 from decode.reservations import Reservations
@@ -25,6 +26,7 @@ from decode.stepper import (
     DecodeEmission,
     DecodeStepper,
     DropSequence,
+    GaveWay,
     Granted,
     JoinBatch,
     NoRoom,
@@ -213,9 +215,11 @@ class DecodeWorker:
             if emission.failure is not None:
                 self.service.tell(emission.transfer_id, emission.failure.message(emission.transfer_id))
             self.service.release(emission.transfer_id)
-        else:
+        elif isinstance(emission, GaveWay):
             self.service.tell(emission.transfer_id, Preempted(transfer_id=emission.transfer_id))
             self.service.release(emission.transfer_id)
+        else:
+            assert_never(emission)
 
     def _open_transfer(self, granted: Granted) -> None:
         if not self.service.holds(granted.transfer_id):

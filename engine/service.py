@@ -20,7 +20,7 @@ import secrets
 import signal
 from collections.abc import Iterable
 from enum import Enum
-from typing import Protocol
+from typing import Protocol, assert_never
 
 from aiohttp import web
 
@@ -182,8 +182,10 @@ class WorkerService:
             self.release(message.transfer_id)
         elif isinstance(message, Members):
             self._handler.set_members(message.peers)
-        else:
+        elif isinstance(message, Drain):
             self.begin_drain()
+        else:
+            assert_never(message)
 
     def _adopt(self, link: RouterLink, message: Prefill | Reserve) -> None:
         if self.state is not ServiceState.SERVING:
