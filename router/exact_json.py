@@ -6,6 +6,7 @@ exponent, and integers of any length. `encode` writes them as they were; `as_dou
 
 from __future__ import annotations
 
+import threading
 from decimal import Decimal, InvalidOperation
 from functools import cache
 from typing import Any, Final
@@ -16,12 +17,15 @@ import msgspec
 _MAX_EXPONENT: Final = 308
 _MIN_EXPONENT: Final = -324
 _encoder: Final = msgspec.json.Encoder(decimal_format="number")
+_MAKING: Final = threading.Lock()
 
 
 @cache
 def decoder(kind: Any) -> msgspec.json.Decoder[Any]:
     """Return a decoder for a type, made once; it raises as msgspec's do, and for numbers that no double holds."""
-    return msgspec.json.Decoder(kind, float_hook=_number)
+    # msgspec keeps what it knows of a struct on its class before it knows all of it: a second thread would read NULL.
+    with _MAKING:
+        return msgspec.json.Decoder(kind, float_hook=_number)
 
 
 def encode(value: Any) -> bytes:
